@@ -1,0 +1,1 @@
+"""kvjax: which KV cache should a model have? Variants, codecs and conversions, measured."""

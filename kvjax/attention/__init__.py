@@ -1,0 +1,1 @@
+"""Attention variants, one file a family, on the protocol of `base`."""

@@ -1,0 +1,111 @@
+"""MHA, MQA and GQA: one module, `num_kv_heads` from `num_heads` down to 1.
+
+B batch, T query tokens, S memory slots, D width, N query heads, K kv heads, G = N // K, H head dim.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kvjax.attention.base import Attention, AttentionConfig
+from kvjax.checks import at_least, even, multiple
+from kvjax.layers import RMSNorm, normal, rotate, subkey
+
+
+@dataclass(frozen=True)
+class Grouped(AttentionConfig):
+    """Multi-head (Vaswani 2017), multi-query (Shazeer 2019) and grouped-query (Ainslie 2023) attention."""
+
+    num_kv_heads: int = 8
+    """Heads of the cache; query head i reads kv head i // (num_heads / num_kv_heads)."""
+    head_dim: int = 32
+    """Features of a head; even, as rotary positions turn pairs."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    qk_norm: bool = False
+    """RMSNorm over each head's query and key, before the rotation (as Qwen3)."""
+    qkv_bias: bool = False
+    """Bias on query, key and value projections (as Qwen2)."""
+
+    def __post_init__(self):
+        at_least("num_heads", self.num_heads, 1)
+        at_least("num_kv_heads", self.num_kv_heads, 1)
+        multiple("num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads)
+        at_least("head_dim", self.head_dim, 2)
+        even("head_dim", self.head_dim)
+        at_least("rope_theta", self.rope_theta, 1.0)
+
+    def build(self, width: int, output_scale: float, key: jax.Array) -> "GroupedAttention":
+        """The module for a decoder of this width."""
+        return GroupedAttention(self, width, output_scale, key)
+
+    def elements_per_token(self) -> int:
+        """Keys and values of every kv head."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    def flops_per_slot(self) -> int:
+        """Scores and mix of every query head; sharing kv heads saves bytes, not these."""
+        return 2 * self.num_heads * 2 * self.head_dim
+
+
+class GroupedAttention(Attention):
+    """Caches rotated keys and values `BKSH`; both are read in place, never repeated."""
+
+    def __init__(self, config: Grouped, width: int, output_scale: float, key: jax.Array):
+        D, N, K, H = width, config.num_heads, config.num_kv_heads, config.head_dim
+        self.config = config
+        self.scale = H**-0.5
+        self.q_DNH = normal(subkey(key, "q"), (D, N, H), D)
+        self.k_DKH = normal(subkey(key, "k"), (D, K, H), D)
+        self.v_DKH = normal(subkey(key, "v"), (D, K, H), D)
+        self.o_NHD = normal(subkey(key, "o"), (N, H, D), N * H, output_scale)
+        if config.qkv_bias:
+            self.q_bias_NH = nnx.Param(jnp.zeros((N, H)))
+            self.k_bias_KH = nnx.Param(jnp.zeros((K, H)))
+            self.v_bias_KH = nnx.Param(jnp.zeros((K, H)))
+        if config.qk_norm:
+            self.q_norm = RMSNorm(H)
+            self.k_norm = RMSNorm(H)
+
+    def project(self, x_BTD, positions_BT):
+        """Queries `BKGTH` and the entry `k_BKTH, v_BKTH`."""
+        q_BNTH = jnp.einsum("BTD,DNH->BNTH", x_BTD, self.q_DNH[...])
+        k_BKTH = jnp.einsum("BTD,DKH->BKTH", x_BTD, self.k_DKH[...])
+        v_BKTH = jnp.einsum("BTD,DKH->BKTH", x_BTD, self.v_DKH[...])
+        if self.config.qkv_bias:
+            q_BNTH += self.q_bias_NH[...][None, :, None]
+            k_BKTH += self.k_bias_KH[...][None, :, None]
+            v_BKTH += self.v_bias_KH[...][None, :, None]
+        if self.config.qk_norm:
+            q_BNTH, k_BKTH = self.q_norm(q_BNTH), self.k_norm(k_BKTH)
+        q_BNTH, k_BKTH = (rotate(a, positions_BT, self.config.rope_theta) for a in (q_BNTH, k_BKTH))
+        B, N, T, H = q_BNTH.shape
+        K = self.config.num_kv_heads
+        return q_BNTH.reshape(B, K, N // K, T, H), {"k": k_BKTH, "v": v_BKTH}
+
+    def expand(self, queries, memory, positions_BS):
+        """The cache as it is."""
+        return queries, memory["k"], memory["v"]
+
+    def merge(self, heads_BNTV):
+        """Every head through its part of the output projection."""
+        return jnp.einsum("BNTH,NHD->BTD", heads_BNTV, self.o_NHD[...])
+
+    def score(self, queries, memory, positions_BS):
+        """The queries of a group are rows against their one key head."""
+        logits_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", queries, memory["k"])
+        B, K, G, T, S = logits_BKGTS.shape
+        return logits_BKGTS.reshape(B, K * G, T, S)
+
+    def mix(self, probs_BNTS, memory):
+        """Weighted values of every query head."""
+        B, N, T, S = probs_BNTS.shape
+        K, H = memory["v"].shape[1], memory["v"].shape[-1]
+        probs_BKGTS = probs_BNTS.reshape(B, K, N // K, T, S)
+        return jnp.einsum("BKGTS,BKSH->BKGTH", probs_BKGTS, memory["v"]).reshape(B, N, T, H)
+
+    def output(self, mixed_BNTM):
+        """A reading already is the heads."""
+        return self.merge(mixed_BNTM)

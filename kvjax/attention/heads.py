@@ -1,0 +1,106 @@
+"""Softmax attention over explicit heads: the fused reading of long sequences.
+
+B batch, K kv heads, G query heads a kv head, T queries, S slots, H key dim, V value dim,
+X = B * K rows, Q = G * (queries of a block), E slots a block sees.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+MASKED = -1e30
+BLOCK = 64  # queries a block: its scores stay in a core's L2 cache
+MAX_BLOCKS = 8  # blocks are unrolled; longer sequences get larger ones
+
+
+def masked_attention(
+    q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSV: jax.Array, mask_BTS: jax.Array, scale: float
+) -> jax.Array:
+    """softmax(scale q k^T) v under any mask, as heads `o_BKGTV`; a query that sees nothing gets mean(v)."""
+    logits_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+    logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS * scale, MASKED)
+    probs_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BKSV.dtype)
+    return jnp.einsum("BKGTS,BKSV->BKGTV", probs_BKGTS, v_BKSV)
+
+
+def causal_attention(q_BKGTH: jax.Array, k_BKTH: jax.Array, v_BKTV: jax.Array, scale: float) -> jax.Array:
+    """Causal softmax(scale q k^T) v of whole sequences, as heads `o_BKGTV`.
+
+    Blocks of queries read the growing prefix of the keys, and the backward pass recomputes the
+    probabilities from each query's log-sum-exp (FlashAttention, Dao et al. 2022), so nothing of
+    T x T size is kept. The G query heads of a kv head are rows of one product: K and V are never
+    repeated. CPU walks one (batch, kv head) at a time, in cache; other devices take all at once.
+    """
+    B, K, G, T, H = q_BKGTH.shape
+    rows = (a.reshape(B * K, *a.shape[2:]) for a in (q_BKGTH, k_BKTH, v_BKTV))
+    return _causal(*rows, scale).reshape(B, K, G, T, v_BKTV.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _causal(q_XGTH, k_XTH, v_XTV, scale):
+    return _causal_forward(q_XGTH, k_XTH, v_XTV, scale)[0]
+
+
+def _causal_forward(q_XGTH, k_XTH, v_XTV, scale):
+    o_XGTV, lse_XGT = _over_rows(functools.partial(_row_forward, scale=scale), q_XGTH, k_XTH, v_XTV)
+    return o_XGTV, (q_XGTH, k_XTH, v_XTV, o_XGTV, lse_XGT)
+
+
+def _causal_backward(scale, residuals, do_XGTV):
+    return _over_rows(functools.partial(_row_backward, scale=scale), *residuals, do_XGTV)
+
+
+_causal.defvjp(_causal_forward, _causal_backward)
+
+
+def _over_rows(f, *rows):
+    mapped = lambda *rows: lax.map(lambda row: f(*row), rows)
+    return lax.platform_dependent(*rows, cpu=mapped, default=jax.vmap(f))
+
+
+def _blocks(num_queries: int) -> list[tuple[int, int]]:
+    size = max(BLOCK, -(-num_queries // MAX_BLOCKS))
+    return [(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
+
+
+def _block_logits(q_GTH, k_TH, start, stop, scale):
+    q_QH = q_GTH[:, start:stop].reshape(-1, q_GTH.shape[-1])
+    logits_QE = jnp.einsum("QH,EH->QE", q_QH, k_TH[:stop], preferred_element_type=jnp.float32) * scale
+    visible = (start + jnp.arange(stop - start))[:, None] >= jnp.arange(stop)[None]
+    return jnp.where(visible[None], logits_QE.reshape(-1, stop - start, stop), MASKED)
+
+
+def _row_forward(q_GTH, k_TH, v_TV, scale):
+    outs, lses = [], []
+    for start, stop in _blocks(q_GTH.shape[1]):
+        logits_GCE = _block_logits(q_GTH, k_TH, start, stop, scale)
+        top_GC1 = logits_GCE.max(-1, keepdims=True)
+        weights_GCE = jnp.exp(logits_GCE - top_GC1)
+        total_GC1 = weights_GCE.sum(-1, keepdims=True)
+        weights_QE = weights_GCE.reshape(-1, stop).astype(v_TV.dtype)
+        o_QV = jnp.einsum("QE,EV->QV", weights_QE, v_TV[:stop], preferred_element_type=jnp.float32)
+        outs.append((o_QV.reshape(-1, stop - start, v_TV.shape[-1]) / total_GC1).astype(v_TV.dtype))
+        lses.append((top_GC1 + jnp.log(total_GC1))[..., 0])
+    return jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
+
+
+def _row_backward(q_GTH, k_TH, v_TV, o_GTV, lse_GT, do_GTV, scale):
+    dtype, f32 = q_GTH.dtype, jnp.float32
+    delta_GT = (o_GTV.astype(f32) * do_GTV.astype(f32)).sum(-1)
+    dk_TH, dv_TV = jnp.zeros(k_TH.shape, f32), jnp.zeros(v_TV.shape, f32)
+    dqs = []
+    for start, stop in _blocks(q_GTH.shape[1]):
+        probs_GCE = jnp.exp(_block_logits(q_GTH, k_TH, start, stop, scale) - lse_GT[:, start:stop, None])
+        do_QV = do_GTV[:, start:stop].reshape(-1, do_GTV.shape[-1])
+        dprobs_QE = jnp.einsum("QV,EV->QE", do_QV, v_TV[:stop], preferred_element_type=f32)
+        dlogits_GCE = probs_GCE * (dprobs_QE.reshape(probs_GCE.shape) - delta_GT[:, start:stop, None])
+        dlogits_QE = (dlogits_GCE * scale).reshape(-1, stop).astype(dtype)
+        probs_QE = probs_GCE.reshape(-1, stop).astype(dtype)
+        q_QH = q_GTH[:, start:stop].reshape(-1, q_GTH.shape[-1])
+        dq_QH = jnp.einsum("QE,EH->QH", dlogits_QE, k_TH[:stop], preferred_element_type=f32)
+        dqs.append(dq_QH.reshape(-1, stop - start, q_GTH.shape[-1]).astype(dtype))
+        dk_TH = dk_TH.at[:stop].add(jnp.einsum("QE,QH->EH", dlogits_QE, q_QH, preferred_element_type=f32))
+        dv_TV = dv_TV.at[:stop].add(jnp.einsum("QE,QV->EV", probs_QE, do_QV, preferred_element_type=f32))
+    return jnp.concatenate(dqs, axis=1), dk_TH.astype(dtype), dv_TV.astype(v_TV.dtype)

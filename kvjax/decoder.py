@@ -1,0 +1,181 @@
+"""The decoder: embedding, [norm, attention, norm, MLP] x depth, logits.
+
+It knows attention only by its protocol. B batch, T tokens, D width, V vocabulary, L layers.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from kvjax import cache as caches
+from kvjax.attention.base import AttentionConfig
+from kvjax.cache import Cache
+from kvjax.checks import at_least, between
+from kvjax.codecs.base import Codec
+from kvjax.layers import MLP, RMSNorm, dropout, normal, subkey
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Everything of the decoder but its attention."""
+
+    width: int = 256
+    """Features of the residual stream."""
+    depth: int = 6
+    """Layers."""
+    mlp_width: int = 768
+    """Hidden features of the gated MLP."""
+    tie_embeddings: bool = True
+    """Compute logits with the embedding matrix."""
+    dropout: float = 0.0
+    """Rate on the embedding and on every sublayer's result."""
+    scan: bool = False
+    """Run the layers as one scanned layer: compiles faster, runs slower on CPU; cannot decode."""
+    remat: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again."""
+
+    def __post_init__(self):
+        for field in ("width", "depth", "mlp_width"):
+            at_least(field, getattr(self, field), 1)
+        between("dropout", self.dropout, 0.0, 1.0)
+
+
+class Block(nnx.Module):
+    """One pre-norm layer."""
+
+    def __init__(self, config: DecoderConfig, attention: AttentionConfig, key: jax.Array):
+        output_scale = 1 / math.sqrt(2 * config.depth)  # the residual stream sums 2 x depth results
+        self.rate = config.dropout
+        self.attention_norm = RMSNorm(config.width)
+        self.attention = attention.build(config.width, output_scale, subkey(key, "attention"))
+        self.mlp_norm = RMSNorm(config.width)
+        self.mlp = MLP(config.width, config.mlp_width, output_scale, subkey(key, "mlp"))
+
+    def __call__(self, x_BTD, positions_BT, cache=None, key=None):
+        """The layer's result and its cache."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_BT, cache)
+        x_BTD = x_BTD + dropout(y_BTD, self.rate, keys[0])
+        return x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.rate, keys[1]), cache
+
+
+class Decoder(nnx.Module):
+    """A causal language model. `nnx.split` it once; from there on its parameters are a plain pytree."""
+
+    def __init__(self, config: DecoderConfig, attention: AttentionConfig, vocab_size: int, key: jax.Array):
+        self.config = config
+        self.vocab_size = vocab_size
+        # A tied embedding must give logits of order 1 at width D from an input of unit rms.
+        self.embedding_VD = normal(subkey(key, "embedding"), (vocab_size, config.width), config.width)
+        keys = [subkey(key, f"layer {i}") for i in range(config.depth)]
+        if config.scan:
+            self.layers = _stacked(config, attention, keys)
+        else:
+            self.layers = nnx.List([Block(config, attention, k) for k in keys])
+        self.norm = RMSNorm(config.width)
+        if not config.tie_embeddings:
+            self.unembedding_DV = normal(subkey(key, "unembedding"), (config.width, vocab_size), config.width)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        cache: Cache | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Float32 logits `BTV` of the next token, and the cache that now holds these tokens.
+
+        `positions_BT` defaults to 0 ... T-1 without a cache, and to the slots' numbers with one.
+        `key` turns dropout on.
+        """
+        x_BTD, cache = self.hidden(tokens_BT, positions_BT, cache, key)
+        return self.logits(x_BTD), cache
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Float32 logits from final hidden states."""
+        if self.config.tie_embeddings:
+            return jnp.einsum("BTD,VD->BTV", x_BTD, self.embedding_VD[...]).astype(jnp.float32)
+        return jnp.einsum("BTD,DV->BTV", x_BTD, self.unembedding_DV[...]).astype(jnp.float32)
+
+    def hidden(self, tokens_BT, positions_BT=None, cache=None, key=None):
+        """Final hidden states `x_BTD` after the last norm, and the cache."""
+        B, T = tokens_BT.shape
+        if positions_BT is None:
+            first = 0 if cache is None else cache.length
+            positions_BT = jnp.broadcast_to(first + jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+        x_BTD = self.embedding_VD[...][tokens_BT]
+        # Unit rms, the scale of the layers' results.
+        x_BTD = x_BTD * jnp.asarray(math.sqrt(self.config.width), x_BTD.dtype)
+        keys = [None] * (self.config.depth + 1)
+        if key is not None:
+            keys = list(jax.random.split(key, self.config.depth + 1))
+            x_BTD = dropout(x_BTD, self.config.dropout, keys[-1])
+        if cache is not None:
+            x_BTD, cache = self._cached(x_BTD, positions_BT, cache)
+        elif self.config.scan:
+            x_BTD = self._scanned(x_BTD, positions_BT, keys[:-1])
+        else:
+            run = lambda block, x, k: block(x, positions_BT, None, k)[0]
+            for block, k in zip(self.layers, keys[:-1]):
+                step = (lambda x, k, block=block: run(block, x, k))
+                x_BTD = (jax.checkpoint(step) if self.config.remat else step)(x_BTD, k)
+        return self.norm(x_BTD), cache
+
+    def _cached(self, x_BTD, positions_BT, cache):
+        if self.config.scan:
+            raise ValueError("decoder.scan=True cannot decode; use `unscanned` on the model first")
+        cache = cache.claim(positions_BT)
+        memory = []
+        for i, block in enumerate(self.layers):
+            x_BTD, layer = block(x_BTD, positions_BT, cache.layer(i, x_BTD.shape[1]))
+            memory.append(layer.memory)
+        return x_BTD, dataclasses.replace(cache, memory=tuple(memory))
+
+    def _scanned(self, x_BTD, positions_BT, keys):
+        graphdef, stack = nnx.split(self.layers)
+
+        def step(x, layer):
+            params, key = layer
+            return nnx.merge(graphdef, params)(x, positions_BT, None, key)[0], None
+
+        stacked_keys = None if keys[0] is None else jnp.stack(keys)
+        return lax.scan(jax.checkpoint(step) if self.config.remat else step, x_BTD, (stack, stacked_keys))[0]
+
+    def init_cache(self, batch: int, max_len: int, codec: Codec) -> Cache:
+        """An empty cache of `max_len` slots, its shapes derived from what the layers' `project` returns."""
+        at_least("batch", batch, 1)
+        at_least("max_len", max_len, 1)
+        if self.config.scan:
+            raise ValueError("decoder.scan=True cannot decode; use `unscanned` on the model first")
+        x_BTD = jax.ShapeDtypeStruct((batch, max_len, self.config.width), self.embedding_VD[...].dtype)
+        positions_BT = jax.ShapeDtypeStruct((batch, max_len), jnp.int32)
+        entry = lambda block: jax.eval_shape(lambda x, p: block.attention.project(x, p)[1], x_BTD, positions_BT)
+        return caches.empty(tuple(entry(block) for block in self.layers), codec)
+
+
+def _stacked(config, attention, keys):
+    """One block whose parameters have a leading layer axis."""
+    graphdef = nnx.split(Block(config, attention, keys[0]))[0]
+    stack = jax.vmap(lambda key: nnx.split(Block(config, attention, key))[1])(jnp.stack(keys))
+    return nnx.merge(graphdef, stack)
+
+
+def unscanned(decoder: Decoder, attention: AttentionConfig) -> Decoder:
+    """The same model with its layers unrolled, as decoding from a cache wants them."""
+    if not decoder.config.scan:
+        return decoder
+    config = dataclasses.replace(decoder.config, scan=False)
+    shape = lambda: Decoder(config, attention, decoder.vocab_size, jax.random.key(0))
+    unrolled = nnx.merge(*nnx.split(nnx.eval_shape(shape)))
+    graphdef, stack = nnx.split(decoder.layers)
+    layer = lambda i: nnx.merge(graphdef, jax.tree.map(lambda a: a[i], stack))
+    unrolled.layers = nnx.List([layer(i) for i in range(config.depth)])
+    unrolled.embedding_VD, unrolled.norm = decoder.embedding_VD, decoder.norm
+    if not config.tie_embeddings:
+        unrolled.unembedding_DV = decoder.unembedding_DV
+    return unrolled

@@ -1,0 +1,80 @@
+"""The decoder's plain layers: initialisers, RMSNorm, rotary positions, the gated MLP.
+
+B batch, T tokens, D width, F mlp width, H features of a head (any last axis).
+Modules compute in the dtype of their parameters; norms and rotations pass through float32.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+RMS_EPS = 1e-6
+
+
+def normal(key: jax.Array, shape: Sequence[int], fan_in: int, scale: float = 1.0) -> nnx.Param:
+    """A float32 parameter drawn from N(0, scale^2 / fan_in)."""
+    return nnx.Param(jax.random.normal(key, shape, jnp.float32) * (scale / math.sqrt(fan_in)))
+
+
+def subkey(key: jax.Array, name: str) -> jax.Array:
+    """The key of a named part: shared parts of two variants get equal weights from equal seeds."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * gain over the last axis (Zhang & Sennrich 2019, eq. 4), in float32."""
+
+    def __init__(self, features: int, eps: float = RMS_EPS):
+        self.gain_H = nnx.Param(jnp.ones(features, jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        gain = self.gain_H[...].astype(jnp.float32)
+        return (y * jax.lax.broadcast_in_dim(gain, y.shape, (y.ndim - 1,))).astype(x.dtype)
+
+
+def rotate(x: jax.Array, positions: jax.Array, theta: float, interleaved: bool = False) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021, eq. 34) of `x` [..., T, H] at `positions` [..., T].
+
+    Pairs are (j, j + H/2), the layout of Hugging Face's Llama, or (2j, 2j + 1) when `interleaved`.
+    Leading axes of `positions` meet the first axes of `x`; missing ones are shared. Angles are float32.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = jnp.maximum(positions, 0).astype(jnp.float32)[..., None] * frequencies.reshape(
+        (1,) * positions.ndim + (half,)
+    )
+    missing = x.ndim - angles.ndim
+    angles = angles.reshape(angles.shape[:-2] + (1,) * missing + angles.shape[-2:])
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    y = x.astype(jnp.float32)
+    a, b = (y[..., ::2], y[..., 1::2]) if interleaved else (y[..., :half], y[..., half:])
+    pair = (a * cos - b * sin, b * cos + a * sin)
+    y = jnp.stack(pair, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(pair, axis=-1)
+    return y.astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """SwiGLU: (silu(x W_gate) * x W_up) W_down (Shazeer 2020, eq. 6), gate and up in one product."""
+
+    def __init__(self, width: int, mlp_width: int, output_scale: float, key: jax.Array):
+        self.gate_up_DE = normal(subkey(key, "gate"), (width, 2 * mlp_width), width)  # E = 2 F
+        self.down_FD = normal(subkey(key, "down"), (mlp_width, width), mlp_width, output_scale)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        gate_BTF, up_BTF = jnp.split(jnp.einsum("BTD,DE->BTE", x_BTD, self.gate_up_DE[...]), 2, axis=-1)
+        return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_FD[...])
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Inverted dropout; the identity without a key or at rate 0."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros_like(x))
