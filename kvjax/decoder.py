@@ -19,6 +19,8 @@ from kvjax.checks import at_least, between
 from kvjax.codecs.base import Codec
 from kvjax.layers import MLP, RMSNorm, dropout, normal, subkey
 
+EMBEDDING_STD = 0.02
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -70,8 +72,8 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, attention: AttentionConfig, vocab_size: int, key: jax.Array):
         self.config = config
         self.vocab_size = vocab_size
-        # A tied embedding must give logits of order 1 at width D from an input of unit rms.
-        self.embedding_VD = normal(subkey(key, "embedding"), (vocab_size, config.width), config.width)
+        # Small: a tied embedding gives its own token's logit |embedding| sqrt(D), which training must undo.
+        self.embedding_VD = normal(subkey(key, "embedding"), (vocab_size, config.width), 1, EMBEDDING_STD)
         keys = [subkey(key, f"layer {i}") for i in range(config.depth)]
         if config.scan:
             self.layers = _stacked(config, attention, keys)
@@ -79,7 +81,7 @@ class Decoder(nnx.Module):
             self.layers = nnx.List([Block(config, attention, k) for k in keys])
         self.norm = RMSNorm(config.width)
         if not config.tie_embeddings:
-            self.unembedding_DV = normal(subkey(key, "unembedding"), (config.width, vocab_size), config.width)
+            self.unembedding_VD = normal(subkey(key, "unembedding"), (vocab_size, config.width), config.width)
 
     def __call__(
         self,
@@ -96,11 +98,13 @@ class Decoder(nnx.Module):
         x_BTD, cache = self.hidden(tokens_BT, positions_BT, cache, key)
         return self.logits(x_BTD), cache
 
+    def unembedding(self) -> jax.Array:
+        """The matrix `VD` that turns final hidden states into logits."""
+        return (self.embedding_VD if self.config.tie_embeddings else self.unembedding_VD)[...]
+
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits from final hidden states."""
-        if self.config.tie_embeddings:
-            return jnp.einsum("BTD,VD->BTV", x_BTD, self.embedding_VD[...]).astype(jnp.float32)
-        return jnp.einsum("BTD,DV->BTV", x_BTD, self.unembedding_DV[...]).astype(jnp.float32)
+        return jnp.einsum("BTD,VD->BTV", x_BTD, self.unembedding(), preferred_element_type=jnp.float32)
 
     def hidden(self, tokens_BT, positions_BT=None, cache=None, key=None):
         """Final hidden states `x_BTD` after the last norm, and the cache."""
@@ -109,8 +113,6 @@ class Decoder(nnx.Module):
             first = 0 if cache is None else cache.length
             positions_BT = jnp.broadcast_to(first + jnp.arange(T, dtype=jnp.int32)[None], (B, T))
         x_BTD = self.embedding_VD[...][tokens_BT]
-        # Unit rms, the scale of the layers' results.
-        x_BTD = x_BTD * jnp.asarray(math.sqrt(self.config.width), x_BTD.dtype)
         keys = [None] * (self.config.depth + 1)
         if key is not None:
             keys = list(jax.random.split(key, self.config.depth + 1))
@@ -177,5 +179,5 @@ def unscanned(decoder: Decoder, attention: AttentionConfig) -> Decoder:
     unrolled.layers = nnx.List([layer(i) for i in range(config.depth)])
     unrolled.embedding_VD, unrolled.norm = decoder.embedding_VD, decoder.norm
     if not config.tie_embeddings:
-        unrolled.unembedding_DV = decoder.unembedding_DV
+        unrolled.unembedding_VD = decoder.unembedding_VD
     return unrolled

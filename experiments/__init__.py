@@ -1,0 +1,1 @@
+"""Command lines, one a file: `python -m experiments.NAME --help`."""

@@ -1,0 +1,57 @@
+"""Cross-entropy without the logits of a whole batch.
+
+B batch, T tokens, D width, V vocabulary, C tokens of a chunk.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+CHUNK = 512  # tokens whose float32 logits are held at a time
+
+
+def _chunks(x_BTD, targets_BT):
+    x_ND, targets_N = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1)
+    chunk = CHUNK if targets_N.size % CHUNK == 0 else targets_N.size
+    return x_ND.reshape(-1, chunk, x_ND.shape[-1]), targets_N.reshape(-1, chunk)
+
+
+def _chunk_loss(x_CD, w_VD, targets_C):
+    logits_CV = jnp.einsum("CD,VD->CV", x_CD, w_VD, preferred_element_type=jnp.float32)
+    lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
+    right_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
+    return logits_CV, lse_C, (lse_C - right_C).sum()
+
+
+@jax.custom_vjp
+def cross_entropy(x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Mean negative log-likelihood (nats) of `targets` under softmax(x W^T).
+
+    Chunk by chunk; differentiated, each chunk's gradient is made while its logits are at hand, so
+    that they are neither kept nor computed twice.
+    """
+    xs, targets = _chunks(x_BTD, targets_BT)
+    total = lax.map(lambda chunk: _chunk_loss(chunk[0], w_VD, chunk[1])[2], (xs, targets)).sum()
+    return total / targets_BT.size
+
+
+def _forward(x_BTD, w_VD, targets_BT):
+    def chunk(dw_VD, chunk):
+        x_CD, targets_C = chunk
+        logits_CV, lse_C, loss = _chunk_loss(x_CD, w_VD, targets_C)
+        hit_CV = targets_C[:, None] == jnp.arange(w_VD.shape[0])[None]
+        dlogits_CV = ((jnp.exp(logits_CV - lse_C[:, None]) - hit_CV.astype(jnp.float32)) / targets_BT.size).astype(x_CD.dtype)
+        dx_CD = jnp.einsum("CV,VD->CD", dlogits_CV, w_VD)
+        dw_VD += jnp.einsum("CV,CD->VD", dlogits_CV, x_CD, preferred_element_type=jnp.float32)
+        return dw_VD, (loss, dx_CD)
+
+    dw_VD, (losses, dxs) = lax.scan(chunk, jnp.zeros(w_VD.shape), _chunks(x_BTD, targets_BT))
+    return losses.sum() / targets_BT.size, (dxs.reshape(x_BTD.shape), dw_VD.astype(w_VD.dtype))
+
+
+def _backward(residuals, g):
+    dx_BTD, dw_VD = residuals
+    return g.astype(dx_BTD.dtype) * dx_BTD, g.astype(dw_VD.dtype) * dw_VD, None
+
+
+cross_entropy.defvjp(_forward, _backward)

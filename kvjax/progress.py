@@ -1,0 +1,74 @@
+"""One line of progress with the time left: live in a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Self, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Bar:
+    """Progress of `total` steps of which `done` are already made; a context manager."""
+
+    def __init__(self, what: str, total: int, done: int = 0):
+        self._what, self._total, self._first, self._done = what, total, done, done
+        self._start = time.monotonic()
+        self._printed = -SECONDS_BETWEEN_LINES
+        self._live = None
+        if sys.stdout.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+            clocks = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+            self._live = Progress(*columns, *clocks, console=Console())
+            self._task = self._live.add_task(what, total=total, completed=done, text="")
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, done: int, text: str = "") -> None:
+        """`done` steps are made; `text` goes beside them."""
+        self._done = done
+        if self._live is not None:
+            self._live.update(self._task, completed=done, text=text)
+            return
+        now = time.monotonic()
+        if now - self._start - self._printed >= SECONDS_BETWEEN_LINES:
+            self._printed = now - self._start
+            made = done - self._first
+            left = f"{_clock(self._printed / made * (self._total - done))} left" if made else "..."
+            print(f"{self._what} {done}/{self._total}  {left}  {text}".rstrip(), flush=True)
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+
+def track(what: str, items: list[T]) -> Iterator[T]:
+    """The items, with progress."""
+    with Bar(what, len(items)) as bar:
+        for i, item in enumerate(items):
+            yield item
+            bar.update(i + 1)
+
+
+def quiet(items: Iterable[T]) -> Iterator[T]:
+    """The items, without."""
+    return iter(items)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"

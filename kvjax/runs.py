@@ -1,0 +1,85 @@
+"""What a run's directory holds, read back: configuration, tokenizer, parameters."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from kvjax import results
+from kvjax.checkpoint import Checkpoints
+from kvjax.config import Config, from_dict, to_dict
+from kvjax.data import Tokenizer, from_json
+
+CONFIG, TOKENIZER, RESULT = "config.json", "tokenizer.json", "result.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model with all that it needs to be used."""
+
+    config: Config
+    tokenizer: Tokenizer
+    step: int
+    params: Any
+    """Float32, in the structure of `train.graphdef_of`."""
+    damaged: tuple[str, ...]
+    """Damaged checkpoints that were passed over, a line each."""
+
+
+def load_config(directory: Path) -> Config:
+    """The resolved configuration of a run; ValueError if it is none."""
+    if not (directory / CONFIG).is_file():
+        raise ValueError(f"run={str(directory)!r} must be the directory of a run: it has no {CONFIG}")
+    try:
+        return from_dict(results.read_json(directory / CONFIG))
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{directory / CONFIG} is not a configuration: {error}") from error
+
+
+def load_run(directory: Path) -> Run:
+    """Configuration, tokenizer and newest sound parameters.
+
+    ValueError for a directory that is no run, a tokenizer other than the one the checkpoint was
+    trained with, a checkpoint of another variant, or no sound checkpoint.
+    """
+    from kvjax.train import init_state
+
+    config = load_config(directory)
+    if not (directory / TOKENIZER).is_file():
+        raise ValueError(f"{directory / TOKENIZER} is missing")
+    tokenizer = from_json((directory / TOKENIZER).read_text())
+    checkpoints = Checkpoints(directory / "checkpoints")
+    metadata = checkpoints.metadata()
+    if metadata is None:
+        raise ValueError(f"run={str(directory)!r} has no checkpoint yet")
+    if metadata["tokenizer"] != tokenizer.digest:
+        raise ValueError(
+            f"{directory / TOKENIZER} (digest {tokenizer.digest[:12]}) does not fit the checkpoint, which was "
+            f"trained with the tokenizer of digest {metadata['tokenizer'][:12]}"
+        )
+    like = jax.eval_shape(lambda: init_state(config, tokenizer.vocab_size))
+    restored = checkpoints.restore(like)
+    assert restored is not None
+    step, state, _ = restored
+    return Run(config, tokenizer, step, state.params, tuple(checkpoints.damaged))
+
+
+def check_same_config(directory: Path, config: Config) -> dict[str, Any] | None:
+    """The result of a finished run, None for a new or unfinished one; ValueError for another's directory."""
+    if not directory.exists():
+        return None
+    if not (directory / CONFIG).is_file():
+        raise ValueError(f"{directory} exists and is not a run (no {CONFIG}); choose another --name")
+    theirs, ours = to_dict(load_config(directory)), to_dict(config)
+    for path, (a, b) in _differences(theirs, ours):
+        raise ValueError(f"{directory} was begun with {path}={a}, not {b}; choose another --name")
+    return results.read_json(directory / RESULT) if (directory / RESULT).is_file() else None
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = ""):
+    for name in a | b:
+        if isinstance(a.get(name), dict) and isinstance(b.get(name), dict):
+            yield from _differences(a[name], b[name], f"{prefix}{name}.")
+        elif a.get(name) != b.get(name):
+            yield prefix + name, (a.get(name), b.get(name))
