@@ -49,19 +49,19 @@ class OptimizerConfig:
 class TrainConfig:
     """Length, batch and schedule of a run."""
 
-    steps: int = 1000
+    steps: int = 1200
     """Optimizer steps."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Sequences a step, over all devices and accumulated parts."""
     accumulate: int = 1
     """Parts a step's batch is computed in, one after the other."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; parameters stay float32. auto is float32 on CPU, bfloat16 elsewhere."""
-    eval_every: int = 250
+    eval_every: int = 300
     """Steps between evaluations of the whole validation split; the last step is always evaluated."""
     eval_batch_size: int = 32
     """Windows a step of evaluation."""
-    checkpoint_every: int = 250
+    checkpoint_every: int = 300
     """Steps between checkpoints; the last step is always saved."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""

@@ -6,6 +6,7 @@ It knows attention only by its protocol. B batch, T tokens, D width, V vocabular
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +27,11 @@ EMBEDDING_STD = 0.02
 class DecoderConfig:
     """Everything of the decoder but its attention."""
 
-    width: int = 256
+    width: int = 192
     """Features of the residual stream."""
-    depth: int = 6
+    depth: int = 4
     """Layers."""
-    mlp_width: int = 768
+    mlp_width: int = 512
     """Hidden features of the gated MLP."""
     tie_embeddings: bool = True
     """Compute logits with the embedding matrix."""
@@ -71,6 +72,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, attention: AttentionConfig, vocab_size: int, key: jax.Array):
         self.config = config
+        self.attention = attention
         self.vocab_size = vocab_size
         # Small: a tied embedding gives its own token's logit |embedding| sqrt(D), which training must undo.
         self.embedding_VD = normal(subkey(key, "embedding"), (vocab_size, config.width), 1, EMBEDDING_STD)
@@ -167,17 +169,22 @@ def _stacked(config, attention, keys):
     return nnx.merge(graphdef, stack)
 
 
-def unscanned(decoder: Decoder, attention: AttentionConfig) -> Decoder:
+def unscanned(decoder: Decoder) -> Decoder:
     """The same model with its layers unrolled, as decoding from a cache wants them."""
     if not decoder.config.scan:
         return decoder
     config = dataclasses.replace(decoder.config, scan=False)
-    shape = lambda: Decoder(config, attention, decoder.vocab_size, jax.random.key(0))
-    unrolled = nnx.merge(*nnx.split(nnx.eval_shape(shape)))
+    shapes = nnx.eval_shape(lambda: Decoder(config, decoder.attention, decoder.vocab_size, jax.random.key(0)))
     graphdef, stack = nnx.split(decoder.layers)
-    layer = lambda i: nnx.merge(graphdef, jax.tree.map(lambda a: a[i], stack))
-    unrolled.layers = nnx.List([layer(i) for i in range(config.depth)])
-    unrolled.embedding_VD, unrolled.norm = decoder.embedding_VD, decoder.norm
-    if not config.tie_embeddings:
-        unrolled.unembedding_VD = decoder.unembedding_VD
-    return unrolled
+    shapes.layers = nnx.List(
+        [nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], stack)) for i in range(config.depth)]
+    )
+    for name in ("embedding_VD", "norm") + (() if config.tie_embeddings else ("unembedding_VD",)):
+        setattr(shapes, name, getattr(decoder, name))
+    return shapes
+
+
+def decodable(graphdef: nnx.GraphDef[Decoder], params: Any) -> tuple[nnx.GraphDef[Decoder], Any]:
+    """Structure and parameters of the same model in a form that can decode."""
+    model = nnx.merge(graphdef, params)
+    return nnx.split(unscanned(model)) if model.config.scan else (graphdef, params)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from kvjax import accounting, results, sharding
 from kvjax.cache import nbytes
@@ -19,6 +20,7 @@ from kvjax.checkpoint import Checkpoints, digest
 from kvjax.codecs.base import Exact
 from kvjax.config import Config, to_dict
 from kvjax.data import TrainBatches, load_corpus, load_tokenizer
+from kvjax.decoder import decodable
 from kvjax.evaluate import Score, evaluate, make_scorer
 from kvjax.generate import generate
 from kvjax.metrics import MetricsWriter
@@ -181,7 +183,7 @@ class Trainer:
 
     def _sample(self, params) -> str:
         prompt_BT = np.array([[self.tokenizer.end_id]], np.int32)
-        graphdef, params = decodable(self.config, self.graphdef, params)
+        graphdef, params = decodable(self.graphdef, params)
         count = self.config.train.sample_tokens
         ids_BT = generate(graphdef, params, prompt_BT, count, SAMPLE_TEMPERATURE, self.config.seed)
         return self.tokenizer.decode([i for i in ids_BT[0] if i != self.tokenizer.end_id])
@@ -192,8 +194,8 @@ class Trainer:
 
     def _row(self, state, score: Score, wall_seconds: float) -> dict[str, Any]:
         config = self.config
-        graphdef, params = decodable(config, self.graphdef, cast(state.params, self.dtype))
-        cache = jax.jit(lambda p: _model(graphdef, p).init_cache(1, config.data.context, Exact()))(params)
+        graphdef, params = decodable(self.graphdef, cast(state.params, self.dtype))
+        cache = nnx.merge(graphdef, params).init_cache(1, config.data.context, Exact())
         rate = self.timed_tokens / self.seconds if self.seconds else None
         return {
             **score.row(),
@@ -213,23 +215,6 @@ class Trainer:
             "config": to_dict(config),
             "environment": results.environment(),
         }
-
-
-def _model(graphdef, params):
-    from flax import nnx
-
-    return nnx.merge(graphdef, params)
-
-
-def decodable(config: Config, graphdef, params):
-    """Structure and parameters with unrolled layers, as decoding wants them."""
-    from flax import nnx
-
-    from kvjax.decoder import unscanned
-
-    if not config.decoder.scan:
-        return graphdef, params
-    return nnx.split(unscanned(_model(graphdef, params), config.attention))
 
 
 def describe(config: Config, vocab_size: int, dtype) -> list[str]:

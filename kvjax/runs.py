@@ -10,6 +10,7 @@ from kvjax import results
 from kvjax.checkpoint import Checkpoints
 from kvjax.config import Config, from_dict, to_dict
 from kvjax.data import Tokenizer, from_json
+from kvjax.train import init_state
 
 CONFIG, TOKENIZER, RESULT = "config.json", "tokenizer.json", "result.json"
 
@@ -43,8 +44,6 @@ def load_run(directory: Path) -> Run:
     ValueError for a directory that is no run, a tokenizer other than the one the checkpoint was
     trained with, a checkpoint of another variant, or no sound checkpoint.
     """
-    from kvjax.train import init_state
-
     config = load_config(directory)
     if not (directory / TOKENIZER).is_file():
         raise ValueError(f"{directory / TOKENIZER} is missing")

@@ -20,7 +20,7 @@ class Grouped(AttentionConfig):
 
     num_kv_heads: int = 8
     """Heads of the cache; query head i reads kv head i // (num_heads / num_kv_heads)."""
-    head_dim: int = 32
+    head_dim: int = 24
     """Features of a head; even, as rotary positions turn pairs."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""

@@ -23,9 +23,9 @@ class Latent(AttentionConfig):
     """Latent of keys and values (`kv_lora_rank`)."""
     rope_dim: int = 16
     """Features of the shared rotary key (`qk_rope_head_dim`)."""
-    nope_dim: int = 32
+    nope_dim: int = 24
     """Features of a head's key without position (`qk_nope_head_dim`)."""
-    value_dim: int = 32
+    value_dim: int = 24
     """Features of a head's value (`v_head_dim`)."""
     query_rank: int | None = None
     """Latent of the queries (`q_lora_rank`), None for a full projection."""

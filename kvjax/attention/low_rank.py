@@ -24,7 +24,7 @@ class LowRank(AttentionConfig):
     causal mask, and the up-projection is absorbed into the query. Both cache the latents alone.
     """
 
-    head_dim: int = 32
+    head_dim: int = 24
     """Features of a head."""
     rank: int | None = 128
     """Joint latent for keys and values; None for the split form."""
