@@ -10,5 +10,13 @@ config = Config(
     DecoderConfig(width=64, depth=2, mlp_width=128),
     DataConfig(tokenizer="bytes", context=64),
     OptimizerConfig(warmup_steps=4),
-    TrainConfig(steps=20, batch_size=8, eval_every=10, eval_batch_size=64, checkpoint_every=5, log_every=1, sample_tokens=32),
+    TrainConfig(
+        steps=20,
+        batch_size=8,
+        eval_every=10,
+        eval_batch_size=64,
+        checkpoint_every=5,
+        log_every=1,
+        sample_tokens=32,
+    ),
 )

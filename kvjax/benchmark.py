@@ -1,23 +1,24 @@
 """Timing of training: the real step on random tokens, and what attention costs at growing contexts.
 
-B batch, T tokens, K kv heads, G query heads a kv head, H key dim.
+B batch, T tokens, D width, K kv heads, G query heads a kv head, H key dim, V value dim.
 """
 
-import math
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from kvjax import accounting, sharding
 from kvjax.attention.heads import causal_attention
+from kvjax.checks import at_least, multiple
 from kvjax.config import Config
 from kvjax.dry_run import compile_step, vocabulary
 from kvjax.train import compute_dtype, init_state
@@ -72,7 +73,7 @@ class TrainingWorkload:
         self.vocab_size = vocabulary(config.data)
         parts = config.train.accumulate
         self.mesh = sharding.make_mesh(config.train.batch_size // parts, "train.batch_size / accumulate")
-        self.compiled = compile_step(config, self.vocab_size, self.mesh)
+        self._step, self.cost = compile_step(config, self.vocab_size, self.mesh)
         self.batches = random_batches(config, self.vocab_size)
         self.tokens_per_step = config.train.batch_size * config.data.context
         self.flops_per_token = accounting.flops_per_token(config, self.vocab_size, config.data.context, True)
@@ -83,7 +84,7 @@ class TrainingWorkload:
         started = time.perf_counter()
         for i in range(steps):
             batch = sharding.split(self.batches[i % DISTINCT_BATCHES], self.mesh)
-            self._state, _ = self.compiled.run(self._state, batch)
+            self._state, _ = self._step(self._state, batch)
         jax.block_until_ready(self._state)
         return time.perf_counter() - started
 
@@ -126,11 +127,8 @@ def batch_sizes(config: Config, contexts: Sequence[int]) -> list[int]:
     """Sequences a step at every context; ValueError where the tokens of a step are no multiple of one."""
     tokens = config.train.batch_size * config.data.context
     for context in contexts:
-        if context < 1 or tokens % context:
-            raise ValueError(
-                f"--context-sweep {context} must divide the {tokens} tokens of a step "
-                f"(train.batch_size * data.context); nearest: {math.gcd(tokens, max(context, 1))}"
-            )
+        at_least("--context-sweep", context, 1)
+        multiple("train.batch_size * data.context", tokens, "--context-sweep", context)
     return [tokens // context for context in contexts]
 
 
@@ -139,42 +137,39 @@ def attention_timer(config: Config) -> Callable[[], float]:
 
     Heads of the variant's shapes in the compute dtype; projections are not part of it.
     """
-    dtype, context = compute_dtype(config.train.dtype), config.data.context
     mesh = sharding.make_mesh(config.train.batch_size, "batch of the context sweep")
-    scale, shapes = _heads(config, dtype)
+    dtype = compute_dtype(config.train.dtype)
+    scale, shapes = _heads(config)
     rng = np.random.default_rng(0)
-    draw = lambda s: rng.standard_normal(s.shape, np.float32).astype(dtype)
-    heads = sharding.split({name: draw(shape) for name, shape in shapes.items()}, mesh)
+    arrays = {name: rng.standard_normal(shape, np.float32).astype(dtype) for name, shape in shapes.items()}
+    heads = sharding.split(arrays, mesh)
 
-    def layers(_, heads):
-        loss = lambda q, k, v: causal_attention(q, k, v, scale).astype(jnp.float32).sum(axis=(1, 2, 3, 4))
-        gradients = lambda q, k, v: jax.vjp(loss, q, k, v)[1](jnp.ones(q.shape[0]))
-        # Each layer takes the gradient of the one before as its input, so that none can be left out.
-        for _ in range(config.decoder.depth):
-            heads = dict(zip(heads, gradients(*heads.values())))
-        return heads
+    def gradients(_, heads):
+        attend = lambda q, k, v: causal_attention(q, k, v, scale)
+        return jax.vjp(attend, heads["q"], heads["k"], heads["v"])[1](heads["do"])
 
-    run = jax.jit(sharding.over_rows(layers, mesh, sums=False)).lower(None, heads).compile()
-    assert context == shapes["q"].shape[-2]
+    layer = jax.jit(sharding.over_rows(gradients, mesh, sums=False)).lower(None, heads).compile()
 
     def seconds() -> float:
         started = time.perf_counter()
-        jax.block_until_ready(run(None, heads))
+        for _ in range(config.decoder.depth):
+            jax.block_until_ready(layer(None, heads))
         return time.perf_counter() - started
 
     return seconds
 
 
-def _heads(config: Config, dtype: jnp.dtype) -> tuple[float, dict[str, Any]]:
-    """Scale, and shapes of `q_BKGTH, k_BKTH, v_BKTV`, of one layer."""
+def _heads(config: Config) -> tuple[float, dict[str, tuple[int, ...]]]:
+    """Scale, and shapes of `q_BKGTH, k_BKTH, v_BKTV` and of the result's gradient, of one layer."""
     B, T, D = config.train.batch_size, config.data.context, config.decoder.width
-    scale = config.attention.build(D, 1.0, jax.random.key(0)).scale
+    attention = nnx.eval_shape(lambda: config.attention.build(D, 1.0, jax.random.key(0)))
+    graphdef, params = nnx.split(attention)
 
-    def expand(x_BTD, positions_BT):
-        attention = config.attention.build(D, 1.0, jax.random.key(0))
+    def expand(params, x_BTD, positions_BT):
+        attention = nnx.merge(graphdef, params)
         queries, entry = attention.project(x_BTD, positions_BT)
         return attention.expand(queries, entry, positions_BT)
 
     x_BTD, positions_BT = jax.ShapeDtypeStruct((B, T, D), jnp.float32), jax.ShapeDtypeStruct((B, T), jnp.int32)
-    shapes = [jax.ShapeDtypeStruct(a.shape, dtype) for a in jax.eval_shape(expand, x_BTD, positions_BT)]
-    return scale, dict(zip(("q", "k", "v"), shapes))
+    q, k, v = (a.shape for a in jax.eval_shape(expand, params, x_BTD, positions_BT))
+    return attention.scale, {"q": q, "k": k, "v": v, "do": q[:-1] + v[-1:]}

@@ -230,9 +230,7 @@ def _leaves(tree: Any) -> Leaves:
         if name in leaves:
             raise ValueError(f"two leaves are named {name}")
         if type(leaf) not in (bool, int, float) and not _is(leaf, np.number, np.bool_, prng_key):
-            raise ValueError(
-                f"leaf {name} is {_describe(_type_of(leaf))}, neither number, array nor PRNG key"
-            )
+            raise ValueError(f"leaf {name} is {_describe(_type_of(leaf))}, neither number, array nor PRNG key")
         leaves[name] = leaf
     return leaves
 

@@ -140,7 +140,9 @@ def _make(kind, values, where):
     for name in values:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
-            raise ValueError(f"{where}.{name} is unknown; " + (f"did you mean {near[0]}?" if near else f"choose from {names}"))
+            raise ValueError(
+                f"{where}.{name} is unknown; " + (f"did you mean {near[0]}?" if near else f"choose from {names}")
+            )
     required = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
     for name in required:
         if name not in values:

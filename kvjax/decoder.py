@@ -15,7 +15,7 @@ from jax import lax
 
 from kvjax import cache as caches
 from kvjax.attention.base import AttentionConfig
-from kvjax.cache import Cache
+from kvjax.cache import Cache, LayerCache
 from kvjax.checks import at_least, between
 from kvjax.codecs.base import Codec
 from kvjax.layers import MLP, RMSNorm, dropout, normal, subkey
@@ -78,9 +78,9 @@ class Decoder(nnx.Module):
         self.embedding_VD = normal(subkey(key, "embedding"), (vocab_size, config.width), 1, EMBEDDING_STD)
         keys = [subkey(key, f"layer {i}") for i in range(config.depth)]
         if config.scan:
-            self.layers = _stacked(config, attention, keys)
+            self.stack = _stacked(config, attention, keys)
         else:
-            self.layers = nnx.List([Block(config, attention, k) for k in keys])
+            self.layers: nnx.List[Block] = nnx.List([Block(config, attention, k) for k in keys])
         self.norm = RMSNorm(config.width)
         if not config.tie_embeddings:
             self.unembedding_VD = normal(subkey(key, "unembedding"), (vocab_size, config.width), config.width)
@@ -126,7 +126,7 @@ class Decoder(nnx.Module):
         else:
             run = lambda block, x, k: block(x, positions_BT, None, k)[0]
             for block, k in zip(self.layers, keys[:-1]):
-                step = (lambda x, k, block=block: run(block, x, k))
+                step = lambda x, k, block=block: run(block, x, k)
                 x_BTD = (jax.checkpoint(step) if self.config.remat else step)(x_BTD, k)
         return self.norm(x_BTD), cache
 
@@ -137,11 +137,12 @@ class Decoder(nnx.Module):
         memory = []
         for i, block in enumerate(self.layers):
             x_BTD, layer = block(x_BTD, positions_BT, cache.layer(i, x_BTD.shape[1]))
+            assert isinstance(layer, LayerCache)
             memory.append(layer.memory)
         return x_BTD, dataclasses.replace(cache, memory=tuple(memory))
 
     def _scanned(self, x_BTD, positions_BT, keys):
-        graphdef, stack = nnx.split(self.layers)
+        graphdef, stack = nnx.split(self.stack)
 
         def step(x, layer):
             params, key = layer
@@ -175,7 +176,7 @@ def unscanned(decoder: Decoder) -> Decoder:
         return decoder
     config = dataclasses.replace(decoder.config, scan=False)
     shapes = nnx.eval_shape(lambda: Decoder(config, decoder.attention, decoder.vocab_size, jax.random.key(0)))
-    graphdef, stack = nnx.split(decoder.layers)
+    graphdef, stack = nnx.split(decoder.stack)
     shapes.layers = nnx.List(
         [nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], stack)) for i in range(config.depth)]
     )

@@ -18,11 +18,9 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class CompiledStep:
-    """The training step of a configuration, compiled ahead of time; sizes are bytes of one device."""
+class StepCost:
+    """What compiling the training step took, and what running it takes, in bytes of one device."""
 
-    run: jax.stages.Compiled
-    """`(state, batch) -> (state, metrics)`; the state is donated."""
     trace_seconds: float
     """From Python to StableHLO."""
     compile_seconds: float
@@ -33,8 +31,6 @@ class CompiledStep:
     """Everything between them and the results: activations, gradients, updates."""
     aliased_bytes: int
     """Results that are written over donated arguments."""
-    output_bytes: int
-    """Results, aliased ones included."""
 
 
 def vocabulary(data: DataConfig) -> int:
@@ -42,8 +38,11 @@ def vocabulary(data: DataConfig) -> int:
     return ByteTokenizer().vocab_size if data.tokenizer == "bytes" else data.vocab_size
 
 
-def compile_step(config: Config, vocab_size: int, mesh: Mesh) -> CompiledStep:
-    """Compile the step for shapes alone: replicated state, batch split over the devices of `mesh`."""
+def compile_step(config: Config, vocab_size: int, mesh: Mesh) -> tuple[jax.stages.Compiled, StepCost]:
+    """The step as a program `(state, batch) -> (state, metrics)`, compiled for shapes alone.
+
+    The state is on every device of `mesh` and donated, the batch is split over them.
+    """
     shape = lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
     state = jax.eval_shape(lambda: init_state(config, vocab_size))
     state = jax.tree.map(lambda a: shape(a, PartitionSpec()), state)
@@ -52,18 +51,16 @@ def compile_step(config: Config, vocab_size: int, mesh: Mesh) -> CompiledStep:
     started = time.perf_counter()
     lowered = make_step(config, vocab_size, mesh).lower(state, {"tokens_BT": tokens_BT, "targets_BT": tokens_BT})
     traced = time.perf_counter()
-    run = lowered.compile()
+    program = lowered.compile()
     compiled = time.perf_counter()
-    memory = run.memory_analysis()
+    memory = program.memory_analysis()
     assert memory is not None, "this backend does not report the memory of compiled programs"
-    return CompiledStep(
-        run=run,
+    return program, StepCost(
         trace_seconds=traced - started,
         compile_seconds=compiled - traced,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes,
     )
 
 
@@ -82,7 +79,7 @@ def report(config: Config) -> list[str]:
     measured = accounting.abstract_cache(unscanned, vocab_size, 1, context, dtype).bytes_per_token()
     declared = accounting.declared_bytes_per_token(config, dtype.itemsize)
     assert measured == declared, f"a cached token takes {measured} bytes, but {declared} are declared"
-    step = compile_step(config, vocab_size, mesh)
+    _, step = compile_step(config, vocab_size, mesh)
     devices = f"{mesh.size} {jax.devices()[0].device_kind} device{'s' if mesh.size > 1 else ''}"
     return [
         f"model: {parameters:,} parameters, vocabulary {vocab_size:,}",

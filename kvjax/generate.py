@@ -40,8 +40,8 @@ def generate(
         bad = prompt_BT[(prompt_BT < 0) | (prompt_BT >= vocab_size)][0]
         raise ValueError(f"prompt token {bad} must be at least 0 and below the vocabulary size {vocab_size}")
     key = jax.random.key(seed)
-    prompt_BT = jnp.asarray(prompt_BT, jnp.int32)
-    tokens = _generate(graphdef, params, prompt_BT, num_tokens, temperature, key, codec or Exact())
+    prompt = jnp.asarray(prompt_BT, jnp.int32)
+    tokens = _generate(graphdef, params, prompt, num_tokens, temperature, key, codec or Exact())
     return np.asarray(tokens)
 
 

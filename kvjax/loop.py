@@ -130,7 +130,10 @@ class Trainer:
             pending = (i + 1, measured)
             now = time.monotonic()
             if clock is not None:
-                self.seconds, self.timed_tokens = self.seconds + now - clock, self.timed_tokens + self.tokens_per_step
+                self.seconds, self.timed_tokens = (
+                    self.seconds + now - clock,
+                    self.timed_tokens + self.tokens_per_step,
+                )
             clock = now
             last = i + 1 == train.steps
             evaluates = last or (i + 1) % train.eval_every == 0
@@ -144,7 +147,9 @@ class Trainer:
                 if caught and not last:
                     checkpoints.wait()
                     name = signal.Signals(caught[0]).name
-                    raise Interrupted(f"{name}: saved step {i + 1}; the same command goes on from there", caught[0])
+                    raise Interrupted(
+                        f"{name}: saved step {i + 1}; the same command goes on from there", caught[0]
+                    )
         if score is None:  # stopped between the last checkpoint and the result
             score = self._evaluate(state.params, train.steps, metrics, bar)
         return state, score

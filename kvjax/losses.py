@@ -40,7 +40,9 @@ def _forward(x_BTD, w_VD, targets_BT):
         x_CD, targets_C = chunk
         logits_CV, lse_C, loss = _chunk_loss(x_CD, w_VD, targets_C)
         hit_CV = targets_C[:, None] == jnp.arange(w_VD.shape[0])[None]
-        dlogits_CV = ((jnp.exp(logits_CV - lse_C[:, None]) - hit_CV.astype(jnp.float32)) / targets_BT.size).astype(x_CD.dtype)
+        dlogits_CV = ((jnp.exp(logits_CV - lse_C[:, None]) - hit_CV.astype(jnp.float32)) / targets_BT.size).astype(
+            x_CD.dtype
+        )
         dx_CD = jnp.einsum("CV,VD->CD", dlogits_CV, w_VD)
         dw_VD += jnp.einsum("CV,CD->VD", dlogits_CV, x_CD, preferred_element_type=jnp.float32)
         return dw_VD, (loss, dx_CD)

@@ -182,9 +182,7 @@ class KVCache:
     They are stored as `dtype`: wider floats are rounded to it, so an oracle in float64 asks for float64.
     """
 
-    def __init__(
-        self, max_seq_len: int, num_heads: int, head_dim: int, dtype: DTypeLike = np.float32
-    ) -> None:
+    def __init__(self, max_seq_len: int, num_heads: int, head_dim: int, dtype: DTypeLike = np.float32) -> None:
         _require_positive(max_seq_len=max_seq_len, num_heads=num_heads, head_dim=head_dim)
         self.max_seq_len, self.num_heads, self.head_dim = max_seq_len, num_heads, head_dim
         self.dtype = np.dtype(dtype)
@@ -351,9 +349,7 @@ def mla_layer(x: Array, weights: Weights, theta: float = 10_000.0, interleaved: 
     return np.einsum("...NTE,NED->...TD", causal_attention(q, k, v, q.shape[-1] ** -0.5), weights["o"])
 
 
-def mla_layer_absorbed(
-    x: Array, weights: Weights, theta: float = 10_000.0, interleaved: bool = False
-) -> Array:
+def mla_layer_absorbed(x: Array, weights: Weights, theta: float = 10_000.0, interleaved: bool = False) -> Array:
     """`mla_layer` as decoding runs it: q (U c) = (q U) c, so the query moves and nothing is rebuilt.
 
     One KV head is left, with keys [latent|k_rope] and the latent again as values. The scale stays (H+P)^-0.5.

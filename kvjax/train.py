@@ -89,7 +89,9 @@ def graphdef_of(config: Config, vocab_size: int) -> nnx.GraphDef[Decoder]:
     return nnx.split(nnx.eval_shape(lambda: config.build(vocab_size)))[0]
 
 
-def make_step(config: Config, vocab_size: int, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+def make_step(
+    config: Config, vocab_size: int, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     """The jitted step: state (donated) and batch `tokens_BT, targets_BT` to state and metrics.
 
     Metrics are scalars: loss (nats per token), lr, grad_norm (before clipping), param_norm,
@@ -128,7 +130,7 @@ def make_step(config: Config, vocab_size: int, mesh: Mesh) -> Callable[[TrainSta
         if config.decoder.dropout > 0:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
         value, grads = gradient((state.params, key), batch)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = state.finite & jnp.isfinite(value) & jnp.isfinite(grad_norm)
         with jax.numpy_dtype_promotion("standard"):  # optax counts on it
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -141,8 +143,8 @@ def make_step(config: Config, vocab_size: int, mesh: Mesh) -> Callable[[TrainSta
             "loss": value,
             "lr": lr,
             "grad_norm": grad_norm,
-            "param_norm": optax.global_norm(params),
-            "update_norm": optax.global_norm(updates),
+            "param_norm": optax.tree.norm(params),
+            "update_norm": optax.tree.norm(updates),
         }
         return TrainState(params, opt_state, state.step + 1, finite), metrics
 

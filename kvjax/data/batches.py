@@ -87,9 +87,7 @@ class TrainBatches:
     def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """Rows start..stop of the batch of a step, for a host that holds only these."""
         if step < 0 or not 0 <= start <= stop <= self.batch_size:
-            raise ValueError(
-                f"rows {start}:{stop} of step {step}: must lie in 0:{self.batch_size}, step >= 0"
-            )
+            raise ValueError(f"rows {start}:{stop} of step {step}: must lie in 0:{self.batch_size}, step >= 0")
         first = [self._window(step * self.batch_size + row) for row in range(start, stop)]
         columns = np.array(first, dtype=np.int64).reshape(-1, 1) + np.arange(self.context + 1)
         rows = self.corpus.ids[columns % len(self.corpus.ids)]

@@ -37,9 +37,7 @@ class DataConfig:
             kinds = ", ".join(map(repr, get_args(TokenizerKind)))
             raise ValueError(f"data.tokenizer={self.tokenizer!r} must be one of {kinds}")
         if self.tokenizer == "bpe" and not 258 <= self.vocab_size <= 65536:
-            raise ValueError(
-                f"data.vocab_size={self.vocab_size} must lie in 258..65536 for the 'bpe' tokenizer"
-            )
+            raise ValueError(f"data.vocab_size={self.vocab_size} must lie in 258..65536 for the 'bpe' tokenizer")
         if self.context < 1:
             raise ValueError(f"data.context={self.context} must be at least 1")
 

@@ -59,9 +59,7 @@ class Sotu(tfds.core.GeneratorBasedBuilder):
             )
         return {split: self._generate_examples(documents, split) for split in ("train", "validation", "test")}
 
-    def _generate_examples(
-        self, documents: dict[str, bytes], split: str
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, documents: dict[str, bytes], split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for key, (name, text) in enumerate(documents.items()):
             if split_of(name) == split:
                 yield key, {"name": name, "text": text}

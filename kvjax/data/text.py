@@ -64,9 +64,7 @@ def _builder(config: DataConfig) -> Any:
     known = sorted(set(tfds.list_builders(with_community_datasets=False)))
     if family not in known:
         near = difflib.get_close_matches(family, known) or ["sotu", "tiny_shakespeare"]
-        raise ValueError(
-            f"data.name={config.name!r} is not a TFDS dataset: the nearest are {', '.join(near)}"
-        )
+        raise ValueError(f"data.name={config.name!r} is not a TFDS dataset: the nearest are {', '.join(near)}")
     varieties = sorted(tfds.builder_cls(family).builder_configs)
     if variety and variety not in varieties:
         near = difflib.get_close_matches(variety, varieties, cutoff=0) or ["none"]
@@ -154,8 +152,7 @@ def _require_source(builder: Any, config: DataConfig) -> None:
 def _needs(name: str, library: str, error: Exception | None = None) -> ValueError:
     cause = f" ({_line(error)})" if error else ""
     return ValueError(
-        f"data.name={name!r} needs {library}, which is not installed{cause}: "
-        "sotu and tiny_shakespeare do without"
+        f"data.name={name!r} needs {library}, which is not installed{cause}: sotu and tiny_shakespeare do without"
     )
 
 

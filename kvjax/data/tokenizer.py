@@ -117,9 +117,7 @@ class BPETokenizer(Tokenizer):
         tokenizer = cls([tuple(pair) for pair in json.loads(model.to_str())["model"]["merges"]])
         if tokenizer.vocab_size != vocab_size:
             most = tokenizer.vocab_size
-            raise ValueError(
-                f"data.vocab_size={vocab_size} must be at most {most}: the text has no more pairs"
-            )
+            raise ValueError(f"data.vocab_size={vocab_size} must be at most {most}: the text has no more pairs")
         return tokenizer
 
     def _encode(self, text: str) -> list[int]:

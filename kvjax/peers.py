@@ -1,0 +1,210 @@
+"""The same model trained by PyTorch and Hugging Face transformers, in a process of its own.
+
+In one process the thread pools of two frameworks disturb each other; here one waits while the other
+computes. Needs the extra `peers`.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from kvjax import host
+from kvjax.attention.grouped import Grouped
+from kvjax.benchmark import peak_resident_bytes, random_batches
+from kvjax.config import Config, from_dict, to_dict
+from kvjax.decoder import Decoder
+from kvjax.dry_run import vocabulary
+from kvjax.layers import RMS_EPS
+from kvjax.train import compute_dtype
+
+
+def check(config: Config) -> None:
+    """ValueError where transformers' Llama cannot be the same model, or is not installed."""
+    if not isinstance(config.attention, Grouped):
+        kind = type(config.attention).__name__
+        raise ValueError(f"--against torch compares Grouped attention (mha, gqa, mqa) alone, not {kind}")
+    same = {
+        "attention.qk_norm": (config.attention.qk_norm, False),
+        "attention.qkv_bias": (config.attention.qkv_bias, False),
+        "decoder.dropout": (config.decoder.dropout, 0.0),
+        "decoder.remat": (config.decoder.remat, False),
+        "train.accumulate": (config.train.accumulate, 1),
+        "train.dtype": (compute_dtype(config.train.dtype).name, "float32"),
+        "the backend": (jax.default_backend(), "cpu"),
+    }
+    for field, (value, rule) in same.items():
+        if value != rule:
+            raise ValueError(f"{field}={value} must be {rule} for --against torch")
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"--against torch needs {package}: pip install -e '.[peers]'")
+
+
+def llama(config: Config, vocab_size: int) -> Any:
+    """A `LlamaForCausalLM` of the architecture of `config`, its weights drawn by transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    attention = config.attention
+    assert isinstance(attention, Grouped)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=config.decoder.width,
+            intermediate_size=config.decoder.mlp_width,
+            num_hidden_layers=config.decoder.depth,
+            num_attention_heads=attention.num_heads,
+            num_key_value_heads=attention.num_kv_heads,
+            head_dim=attention.head_dim,
+            max_position_embeddings=config.data.context,
+            rms_norm_eps=RMS_EPS,
+            rope_parameters={"rope_type": "default", "rope_theta": attention.rope_theta},
+            tie_word_embeddings=config.decoder.tie_embeddings,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+    )
+
+
+def copy_weights(model: Any, decoder: Decoder) -> None:
+    """Give a `llama` the weights of an unscanned decoder; PyTorch's matrices are [out, in]."""
+    names = {"model.embed_tokens.weight": decoder.embedding_VD[...], "model.norm.weight": decoder.norm.gain_H[...]}
+    if not decoder.config.tie_embeddings:
+        names["lm_head.weight"] = decoder.unembedding_VD[...]
+    for i, block in enumerate(decoder.layers):
+        attention, mlp = block.attention, block.mlp
+        inward = lambda w: w[...].reshape(w[...].shape[0], -1).T
+        gate_FD, up_FD = np.split(np.asarray(mlp.gate_up_DE[...]).T, 2)
+        weights = {
+            "input_layernorm": block.attention_norm.gain_H[...],
+            "self_attn.q_proj": inward(attention.q_DNH),
+            "self_attn.k_proj": inward(attention.k_DKH),
+            "self_attn.v_proj": inward(attention.v_DKH),
+            "self_attn.o_proj": attention.o_NHD[...].reshape(-1, decoder.config.width).T,
+            "post_attention_layernorm": block.mlp_norm.gain_H[...],
+            "mlp.gate_proj": gate_FD,
+            "mlp.up_proj": up_FD,
+            "mlp.down_proj": mlp.down_FD[...].T,
+        }
+        names |= {f"model.layers.{i}.{name}.weight": w for name, w in weights.items()}
+    import torch
+
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == names.keys()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            value = torch.from_numpy(np.array(names[name]))
+            assert parameter.shape == value.shape, name
+            parameter.copy_(value)
+
+
+def loss(model: Any, tokens_BT: Any, targets_BT: Any) -> Any:
+    """Mean cross-entropy (nats) of a `llama`."""
+    import torch
+
+    logits_BTV = model(input_ids=tokens_BT, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+
+
+class TorchWorkload:
+    """Eager training: scaled-dot-product attention, fused AdamW, gradient clipping; threads as PyTorch sets them."""
+
+    def __init__(self, config: Config):
+        import torch
+
+        self.config, vocab_size = config, vocabulary(config.data)
+        self.batches = random_batches(config, vocab_size)
+        self.model = llama(config, vocab_size)
+        decays = lambda p: p.ndim > 1
+        parameters = list(self.model.parameters())
+        groups = [
+            {"params": [p for p in parameters if decays(p)], "weight_decay": config.optimizer.weight_decay},
+            {"params": [p for p in parameters if not decays(p)], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=config.optimizer.peak_lr, betas=(config.optimizer.beta1, config.optimizer.beta2), fused=True
+        )
+
+    def seconds(self, steps: int) -> float:
+        """Time of `steps` steps, batches from NumPy included."""
+        import torch
+
+        started = time.perf_counter()
+        for i in range(steps):
+            batch = {name: torch.from_numpy(a).long() for name, a in self.batches[i % len(self.batches)].items()}
+            self.optimizer.zero_grad(set_to_none=True)
+            loss(self.model, **batch).backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
+            self.optimizer.step()
+        return time.perf_counter() - started
+
+
+class Worker:
+    """A `TorchWorkload` in a process of its own that computes only while it is asked to; a context manager."""
+
+    def __init__(self, config: Config):
+        check(config)
+        command = [sys.executable, "-m", "kvjax.peers"]
+        root = Path(__file__).parents[1]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, cwd=root, stdin=pipe, stdout=pipe, text=True)
+        self.description = self._ask(json.dumps(to_dict(config)))
+        """Versions, threads and parameters."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    def seconds(self, steps: int) -> float:
+        """Time of `steps` steps."""
+        answer = self._ask(f"go {steps}")
+        self.peak_resident_bytes = answer["peak_resident_bytes"]
+        return answer["seconds"]
+
+    def _ask(self, line: str) -> dict[str, Any]:
+        print(line, file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the torch worker ended with status {self._process.wait()}")
+        return json.loads(answer)
+
+
+def serve(lines: Iterable[str]) -> None:
+    """Answer the lines of a `Worker` with lines of JSON: first the configuration, then `go STEPS`."""
+    import torch
+    import transformers
+
+    lines = iter(lines)
+    workload = TorchWorkload(from_dict(json.loads(next(lines))))
+    description = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in workload.model.parameters()),
+    }
+    print(json.dumps(description), flush=True)
+    for line in lines:
+        command, steps = line.split()
+        assert command == "go"
+        seconds = workload.seconds(int(steps))
+        print(json.dumps({"seconds": seconds, "peak_resident_bytes": peak_resident_bytes()}), flush=True)
+
+
+if __name__ == "__main__":
+    host.prepare()  # the allocator's settings, worth as much to PyTorch as to JAX
+    serve(sys.stdin)
