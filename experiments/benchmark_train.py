@@ -105,7 +105,8 @@ def compare(config: Config, against: str | None, rounds: int, steps: int) -> dic
 def _print(row: dict[str, Any]) -> None:
     mib = lambda name: f"{row[name] / 2**20:,.0f} MiB"
     flops = row["training_flops_per_token"] / 1e9
-    print(f"{row['tokens_per_step']:,} tokens a step, {len(row['rounds']['kvjax'])} rounds of {row['round_steps']} steps")
+    rounds = f"{len(row['rounds']['kvjax'])} rounds of {row['round_steps']} steps"
+    print(f"{row['tokens_per_step']:,} tokens a step, {rounds}")
     for name, spread in (("kvjax", row["tokens_per_second"]), ("torch", row.get("torch"))):
         if spread is not None:
             print(
@@ -113,7 +114,8 @@ def _print(row: dict[str, Any]) -> None:
                 f"{spread['median'] * flops:,.1f} model GFLOP/s"
             )
     peak = row["matmul_peak_flops"]["median"] / 1e9
-    print(f"{row['share_of_matmul_peak']:.0%} of the {peak:,.0f} GFLOP/s of a matrix product, measured between rounds")
+    share = f"{row['share_of_matmul_peak']:.0%}"
+    print(f"{share} of the {peak:,.0f} GFLOP/s of a matrix product, measured between rounds")
     print(f"compilation: {row['trace_seconds']:.1f} s to trace, {row['compile_seconds']:.1f} s to compile")
     print(
         f"memory of a device: {mib('argument_bytes')} arguments, {mib('temporary_bytes')} temporaries; "

@@ -2,13 +2,16 @@
 
 import argparse
 import contextlib
+import dataclasses
+import difflib
 import importlib
 import io
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import tyro
 
@@ -34,6 +37,7 @@ def override(default: T, arguments: Sequence[str], prog: str, description: str) 
     """`default` with dotted overrides, as `--attention.num-kv-heads 2`; ValueError with one line."""
     if "--help" in arguments or "-h" in arguments:
         return tyro.cli(type(default), default=default, args=list(arguments), prog=prog, description=description)
+    _refuse_unknown(default, arguments)
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
@@ -42,15 +46,48 @@ def override(default: T, arguments: Sequence[str], prog: str, description: str) 
         raise ValueError(_one_line(message.getvalue())) from None
 
 
+def _refuse_unknown(default: Any, arguments: Sequence[str]) -> None:
+    options = list(_options(default, "--"))
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and name.replace("_", "-") not in options:
+            near = difflib.get_close_matches(name.replace("_", "-"), options, n=1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists all fields"
+            raise ValueError(f"{name} is unknown; {hint}")
+
+
+def _options(value: Any, prefix: str) -> Iterator[str]:
+    """Options of a dataclass, dotted, as tyro spells them."""
+    for field in dataclasses.fields(value):
+        name, part = field.name.replace("_", "-"), getattr(value, field.name)
+        if dataclasses.is_dataclass(part):
+            yield from _options(part, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+            if isinstance(part, bool):
+                yield f"{prefix}no-{name}"
+
+
 def _one_line(box: str) -> str:
-    """The text of tyro's box, without the frame and the hint at --help."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = (re.sub(r"[╭╮╰╯│─]", " ", line).strip() for line in text.splitlines())
-    sentences = [line for line in lines if line and not line.startswith("For full helptext")]
-    return re.sub(r"\s+", " ", " ".join(sentences)).removeprefix("Parsing error ")
+    """What tyro's box says went wrong: its first part, without title, frame, field's help and hint at --help."""
+    lines = [line.strip("│| ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+    parts = re.split(r"(?m)^[─-]+$", "\n".join(line for line in lines[1:] if line[:1] not in ("╰", "+")))
+    text = " ".join(next(part for part in parts if part.strip()).split())
+    # A message of a section's own rules names the section already.
+    text = re.sub(r"^Error parsing (Config: |(\w+): (?=\2\.))?", "", text)
+    text = text.replace("invalid literal for int() with base 10:", "must be an integer, not")
+    return text.replace("could not convert string to float:", "must be a number, not")
 
 
-def parser(module: str, description: str) -> argparse.ArgumentParser:
+def output_file(text: str) -> Path:
+    """A path that a file can be written to, checked before the work is done."""
+    path = Path(text)
+    if not text or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a file's name, not a directory's")
+    return path
+
+
+def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """An argument parser that takes no abbreviations and reports errors in one line."""
     return _Parser(prog=f"python -m {module}", description=description, allow_abbrev=False)
 
@@ -61,9 +98,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(run: Callable[[Sequence[str]], int | None]) -> None:
-    """Run a command; a ValueError is the user's: one line on standard error, exit status 2."""
+    """Run a command; a ValueError or a file that cannot be used is one line on standard error, exit status 2."""
     try:
         sys.exit(run(sys.argv[1:]) or 0)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

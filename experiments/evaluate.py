@@ -64,10 +64,10 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         choices=tuple(THROUGH),
         default=("none", "decode"),
-        help="ways to score: none (training form), prefill (written and read in one pass), decode (token by token)",
+        help="ways to score: none (training form), prefill (written and read at once), decode (token by token)",
     )
     parser.add_argument("--batch-size", type=int, default=32, help="windows at a time (default: 32)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores here")
+    parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="write the scores here")
     options = parser.parse_args(argv)
     if options.batch_size < 1:
         raise ValueError(f"--batch-size={options.batch_size} must be at least 1")

@@ -4,7 +4,6 @@ The run's directory, `runs/NAME`, holds the resolved configuration, metrics, che
 and at last the result. The same command again goes on where the run stopped.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +22,10 @@ def arguments(argv: Sequence[str]) -> tuple[Any, Config]:
     source.add_argument("--run", metavar="DIR", type=Path, help="go on with, or repeat, the run in this directory")
     parser.add_argument("--name", help="name of the run below --root (default: the preset's)")
     parser.add_argument("--root", type=Path, default=Path("runs"), help="directory of all runs (default: runs)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result row here")
+    parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="also write the result row here")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, FLOPs and memory; train nothing")
     wants_help = "--help" in argv or "-h" in argv
-    if wants_help and "--config" not in argv:
+    if wants_help and not any(a.partition("=")[0] == "--config" for a in argv):
         parser.print_help()
         print("\nWith --config NAME --help: the preset's fields, each an option.")
         sys.exit(0)
@@ -34,13 +33,13 @@ def arguments(argv: Sequence[str]) -> tuple[Any, Config]:
     if known.run is not None:
         from kvjax.runs import load_config
 
-        if known.name:
+        if known.name is not None:
             raise ValueError("--name goes with --config; --run names its directory")
         default = load_config(known.run)
         known.directory = known.run
     else:
         default = cli.preset(known.config)
-        known.directory = known.root / results.run_name(known.name or known.config)
+        known.directory = known.root / results.run_name(known.config if known.name is None else known.name)
     description = f"Fields of the preset {known.config}." if known.config else ""
     rest = [*rest, "--help"] if wants_help else rest
     return known, cli.override(default, rest, "python -m experiments.train", description)
@@ -72,7 +71,7 @@ def run(argv: Sequence[str]) -> int:
         f"sample: {row['sample']}"
     )
     if options.json is not None:
-        results.write_json(options.json, json.loads(json.dumps(row)))
+        results.write_json(options.json, row)
     return 0
 
 

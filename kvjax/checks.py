@@ -7,7 +7,9 @@ from collections.abc import Iterable
 
 def at_least(field: str, value: float, least: float) -> None:
     """`value` must be a finite number of at least `least`."""
-    if not (math.isfinite(value) and value >= least):
+    if not math.isfinite(value):
+        raise ValueError(f"{field}={value} must be a finite number")
+    if value < least:
         raise ValueError(f"{field}={value} must be at least {least}")
 
 

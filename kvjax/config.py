@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,12 +21,12 @@ from kvjax.decoder import Decoder, DecoderConfig
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2019) under linear warm-up and cosine decay."""
 
-    peak_lr: float = 4e-3
+    peak_lr: float = 2.5e-3
     """Learning rate at the end of the warm-up."""
     warmup_steps: int = 100
     """Steps of linear warm-up from 0."""
     final_lr_fraction: float = 0.02
-    """Learning rate of the last step, as a fraction of the peak."""
+    """Learning rate that the decay ends at, as a fraction of the peak."""
     beta1: float = 0.9
     """Decay of the gradient's mean."""
     beta2: float = 0.99
@@ -49,19 +50,19 @@ class OptimizerConfig:
 class TrainConfig:
     """Length, batch and schedule of a run."""
 
-    steps: int = 1200
+    steps: int = 2000
     """Optimizer steps."""
-    batch_size: int = 8
+    batch_size: int = 4
     """Sequences a step, over all devices and accumulated parts."""
     accumulate: int = 1
     """Parts a step's batch is computed in, one after the other."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; parameters stay float32. auto is float32 on CPU, bfloat16 elsewhere."""
-    eval_every: int = 300
+    eval_every: int = 500
     """Steps between evaluations of the whole validation split; the last step is always evaluated."""
     eval_batch_size: int = 32
     """Windows a step of evaluation."""
-    checkpoint_every: int = 300
+    checkpoint_every: int = 500
     """Steps between checkpoints; the last step is always saved."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
@@ -99,10 +100,9 @@ class Config:
 
     def __post_init__(self):
         between("seed", self.seed, 0, 2**31)
-        if self.optimizer.warmup_steps >= self.train.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below train.steps={self.train.steps}"
-            )
+        warmup, steps = self.optimizer.warmup_steps, self.train.steps
+        if warmup >= steps:
+            raise ValueError(f"optimizer.warmup_steps={warmup} must be below train.steps={steps}")
 
     def build(self, vocab_size: int, key: jax.Array | None = None) -> Decoder:
         """The model with initial weights from `seed`, or from `key`."""
@@ -119,35 +119,42 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """The configuration that `to_dict` wrote; ValueError for unknown or missing fields."""
-    parts: dict[str, Any] = {}
-    kinds = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name not in ("attention", "seed")}
-    for name, value in values.items():
-        if name == "attention":
-            attention = dict(value)
-            parts[name] = _make(_attention_class(attention.pop("class", None)), attention, name)
-        elif name in kinds:
-            parts[name] = _make(kinds[name], value, name)
-        else:
-            parts[name] = value
-    return _make(Config, parts, "config")
+    """The configuration that `to_dict` wrote; ValueError for unknown or missing fields and wrong types."""
+    return _make(Config, values, "")
 
 
-def _make(kind, values, where):
+def _make(kind, values, path):
+    """`kind` from JSON values, its dataclass fields from objects; `path` is dotted, empty at the root."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where}={values!r} must be an object with fields")
-    names = [f.name for f in dataclasses.fields(kind)]
+        raise ValueError(f"{path or 'the configuration'} must be an object with fields, not {values!r}")
+    if kind is AttentionConfig:
+        values = dict(values)
+        kind = _attention_class(values.pop("class", None))
+    hints = typing.get_type_hints(kind)
+    at = f"{path}." if path else ""
     for name in values:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            raise ValueError(
-                f"{where}.{name} is unknown; " + (f"did you mean {near[0]}?" if near else f"choose from {names}")
-            )
-    required = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
-    for name in required:
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1) or [f"one of {', '.join(hints)}"]
+            raise ValueError(f"{at}{name} is unknown; did you mean {near[0]}?")
+    fields = {}
+    for name, hint in hints.items():
         if name not in values:
-            raise ValueError(f"{where}.{name} is missing")
-    return kind(**values)
+            raise ValueError(f"{at}{name} is missing")
+        fields[name] = _make(hint, values[name], at + name) if dataclasses.is_dataclass(hint) else values[name]
+        if not _fits(fields[name], hint):
+            shown = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise ValueError(f"{at}{name}={fields[name]!r} must be of type {shown}")
+    return kind(**fields)
+
+
+def _fits(value, hint):
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if typing.get_args(hint):
+        return any(_fits(value, choice) for choice in typing.get_args(hint))
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, hint)
+    return type(value) is hint or (hint is float and type(value) is int)
 
 
 def _attention_class(path):

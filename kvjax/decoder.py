@@ -35,6 +35,8 @@ class DecoderConfig:
     """Hidden features of the gated MLP."""
     tie_embeddings: bool = True
     """Compute logits with the embedding matrix."""
+    output_scale: float = 0.0
+    """Initial scale of every sublayer's last projection, 1 for equal variances; at 0 layers start as the identity."""
     dropout: float = 0.0
     """Rate on the embedding and on every sublayer's result."""
     scan: bool = False
@@ -45,6 +47,7 @@ class DecoderConfig:
     def __post_init__(self):
         for field in ("width", "depth", "mlp_width"):
             at_least(field, getattr(self, field), 1)
+        at_least("output_scale", self.output_scale, 0.0)
         between("dropout", self.dropout, 0.0, 1.0)
 
 
@@ -52,7 +55,7 @@ class Block(nnx.Module):
     """One pre-norm layer."""
 
     def __init__(self, config: DecoderConfig, attention: AttentionConfig, key: jax.Array):
-        output_scale = 1 / math.sqrt(2 * config.depth)  # the residual stream sums 2 x depth results
+        output_scale = config.output_scale / math.sqrt(2 * config.depth)  # the residual stream sums 2 x depth results
         self.rate = config.dropout
         self.attention_norm = RMSNorm(config.width)
         self.attention = attention.build(config.width, output_scale, subkey(key, "attention"))

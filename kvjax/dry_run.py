@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from dataclasses import dataclass
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,8 @@ def compile_step(config: Config, vocab_size: int, mesh: Mesh) -> tuple[jax.stage
     tokens_BT = jax.ShapeDtypeStruct((config.train.batch_size, config.data.context), jnp.int32)
     tokens_BT = shape(tokens_BT, PartitionSpec(sharding.AXIS))
     started = time.perf_counter()
-    lowered = make_step(config, vocab_size, mesh).lower(state, {"tokens_BT": tokens_BT, "targets_BT": tokens_BT})
+    step = cast(jax.stages.Wrapped, make_step(config, vocab_size, mesh))
+    lowered = step.lower(state, {"tokens_BT": tokens_BT, "targets_BT": tokens_BT})
     traced = time.perf_counter()
     program = lowered.compile()
     compiled = time.perf_counter()

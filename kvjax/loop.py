@@ -25,10 +25,11 @@ from kvjax.evaluate import Score, evaluate, make_scorer
 from kvjax.generate import generate
 from kvjax.metrics import MetricsWriter
 from kvjax.progress import Bar
-from kvjax.runs import CONFIG, TOKENIZER, check_same_config
+from kvjax.runs import CHECKPOINTS, CONFIG, TOKENIZER, check_same_config, check_same_origin
 from kvjax.train import cast, compute_dtype, graphdef_of, init_state, make_step
 
 SAMPLE_TEMPERATURE = 0.8
+SAMPLE_PROMPT = 16  # first tokens of the validation split, end of text included
 
 
 class NotFinite(Exception):
@@ -59,13 +60,9 @@ def run(config: Config, directory: Path) -> dict[str, Any]:
     fresh = not directory.exists()
     with results.RunLock(directory):
         try:
-            results.write_json(directory / CONFIG, to_dict(config))
-            results.write_bytes(directory / TOKENIZER, trainer.tokenizer.to_json().encode())
             return trainer.run()
-        except NotFinite:
-            raise
         except ValueError:
-            if fresh:
+            if fresh and not (directory / CHECKPOINTS).exists():  # nothing was trained yet
                 shutil.rmtree(directory)
             raise
 
@@ -91,11 +88,15 @@ class Trainer:
         """From the newest sound checkpoint, or the start, to the result row."""
         config = self.config
         began = time.monotonic()
-        self._describe()
-        self.peak = accounting.matmul_peak(self.dtype)
-        with Checkpoints(self.directory / "checkpoints") as checkpoints:
-            state, first, metadata = self._restore(checkpoints)
-            before = metadata.get("wall_seconds", 0.0)
+        with Checkpoints(self.directory / CHECKPOINTS) as checkpoints:
+            metadata = checkpoints.metadata()
+            if metadata is not None:
+                check_same_origin(self.directory, metadata, config, self.tokenizer)
+            results.write_json(self.directory / CONFIG, to_dict(config))
+            results.write_bytes(self.directory / TOKENIZER, self.tokenizer.to_json().encode())
+            self._describe()
+            self.peak = accounting.matmul_peak(self.dtype)
+            state, first, before = self._restore(checkpoints)
             wall = lambda: before + time.monotonic() - began
             with MetricsWriter(self.directory) as metrics, _signals() as caught:
                 metrics.truncate_after(first)
@@ -106,16 +107,18 @@ class Trainer:
         return row
 
     def _restore(self, checkpoints: Checkpoints):
+        """State, steps already taken, and the seconds they took."""
         like = jax.eval_shape(lambda: init_state(self.config, self.vocab_size))
         restored = checkpoints.restore(like)
         for line in checkpoints.damaged:
             print(f"damaged checkpoint passed over: {line}", flush=True)
         if restored is None:
-            state, first, metadata = init_state(self.config, self.vocab_size), 0, {}
+            state, first, before = init_state(self.config, self.vocab_size), 0, 0.0
         else:
             first, state, metadata = restored
+            before = metadata["wall_seconds"]
             print(f"resumed at step {first}", flush=True)
-        return sharding.replicate(state, self.mesh), first, metadata
+        return sharding.replicate(state, self.mesh), first, before
 
     def _steps(self, state, first, checkpoints, metrics, bar, caught, wall):
         """All steps; the metrics of one are read while the next runs."""
@@ -141,17 +144,18 @@ class Trainer:
                 self._report(*pending, metrics, bar)
                 pending = clock = None
                 if evaluates:
-                    score = self._evaluate(state.params, i + 1, metrics, bar)
+                    score = self._evaluate(state.params, i + 1, bar)
+                    self._record(score, i + 1, metrics)
                 metadata = {"config": to_dict(self.config), "tokenizer": self.tokenizer.digest}
                 checkpoints.save(i + 1, state, metadata | {"wall_seconds": wall()})
                 if caught and not last:
-                    checkpoints.wait()
+                    checkpoints.close()
                     name = signal.Signals(caught[0]).name
                     raise Interrupted(
                         f"{name}: saved step {i + 1}; the same command goes on from there", caught[0]
                     )
-        if score is None:  # stopped between the last checkpoint and the result
-            score = self._evaluate(state.params, train.steps, metrics, bar)
+        if score is None:  # stopped between the last checkpoint, after which all is recorded, and the result
+            score = self._evaluate(state.params, train.steps, bar)
         return state, score
 
     def _report(self, step, measured, metrics, bar):
@@ -171,27 +175,32 @@ class Trainer:
             metrics.write(step, values)
         bar.update(step, text)
 
-    def _evaluate(self, params, step, metrics, bar) -> Score:
+    def _evaluate(self, params, step, bar) -> Score:
         train, context = self.config.train, self.config.data.context
         params = jax.jit(cast, static_argnums=1)(params, self.dtype)
         score = evaluate(self.scorer, params, self.validation, context, train.eval_batch_size, self.mesh)
-        row = {k: v for k, v in score.row().items() if isinstance(v, float)}
-        metrics.write(step, row, kind="validation")
         self.sample = self._sample(params)
         bar.line(
             f"step {step}: validation perplexity {score.perplexity:.2f}, {score.bits_per_byte:.4f} bits/byte "
             f"(standard error {score.bits_per_byte_se:.4f})\n  sample: {self.sample!r}"
         )
-        with (self.directory / "samples.txt").open("a") as file:
-            file.write(f"step {step}: {self.sample!r}\n")
         return score
 
+    def _record(self, score: Score, step, metrics):
+        row = {k: v for k, v in score.row().items() if isinstance(v, float)}
+        metrics.write(step, row, kind="validation")
+        path, head = self.directory / "samples.txt", f"step {step}: "
+        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        # A run that goes on from before this step has written it already.
+        lines = [line for line in lines if not line.startswith(head)] + [f"{head}{self.sample!r}"]
+        results.write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
+
     def _sample(self, params) -> str:
-        prompt_BT = np.array([[self.tokenizer.end_id]], np.int32)
+        prompt_BT = self.validation.ids[None, :SAMPLE_PROMPT]
         graphdef, params = decodable(self.graphdef, params)
         count = self.config.train.sample_tokens
         ids_BT = generate(graphdef, params, prompt_BT, count, SAMPLE_TEMPERATURE, self.config.seed)
-        return self.tokenizer.decode([i for i in ids_BT[0] if i != self.tokenizer.end_id])
+        return self.tokenizer.decode([*prompt_BT[0, 1:], *ids_BT[0]])
 
     def _describe(self):
         for line in describe(self.config, self.vocab_size, self.dtype):
@@ -225,15 +234,16 @@ class Trainer:
 def describe(config: Config, vocab_size: int, dtype) -> list[str]:
     """What a run is, in a few lines."""
     parameters = accounting.num_parameters(accounting.abstract_params(config, vocab_size))
-    cache = accounting.abstract_cache(config, vocab_size, 1, config.data.context, dtype)
-    fields = dataclasses.asdict(config.attention)
+    unscanned = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, scan=False))
+    cache = accounting.abstract_cache(unscanned, vocab_size, 1, config.data.context, dtype)
+    fields, train, data = dataclasses.asdict(config.attention), config.train, config.data
     flops = accounting.flops_per_token(config, vocab_size, config.data.context, training=True)
     return [
         f"{type(config.attention).__name__}({', '.join(f'{k}={v}' for k, v in fields.items())})",
         f"{parameters:,} parameters, {flops / 1e6:.1f} MFLOPs per training token, "
         f"{cache.bytes_per_token():,.0f} cache bytes per token in {dtype.name}",
         f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), "
-        f"{config.train.steps} steps x {config.train.batch_size} x {config.data.context} tokens of {config.data.name}",
+        f"{train.steps} steps x {train.batch_size} x {data.context} tokens of {data.name}",
     ]
 
 

@@ -17,8 +17,9 @@ import jax
 import numpy as np
 
 from kvjax import host
-from kvjax.attention.grouped import Grouped
+from kvjax.attention.grouped import Grouped, GroupedAttention
 from kvjax.benchmark import peak_resident_bytes, random_batches
+from kvjax.checks import multiple
 from kvjax.config import Config, from_dict, to_dict
 from kvjax.decoder import Decoder
 from kvjax.dry_run import vocabulary
@@ -43,6 +44,7 @@ def check(config: Config) -> None:
     for field, (value, rule) in same.items():
         if value != rule:
             raise ValueError(f"{field}={value} must be {rule} for --against torch")
+    multiple("decoder.width", config.decoder.width, "attention.num_heads", config.attention.num_heads)
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"--against torch needs {package}: pip install -e '.[peers]'")
@@ -68,18 +70,22 @@ def llama(config: Config, vocab_size: int) -> Any:
             rope_parameters={"rope_type": "default", "rope_theta": attention.rope_theta},
             tie_word_embeddings=config.decoder.tie_embeddings,
             use_cache=False,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
         )
     )
 
 
 def copy_weights(model: Any, decoder: Decoder) -> None:
     """Give a `llama` the weights of an unscanned decoder; PyTorch's matrices are [out, in]."""
-    names = {"model.embed_tokens.weight": decoder.embedding_VD[...], "model.norm.weight": decoder.norm.gain_H[...]}
+    names = {
+        "model.embed_tokens.weight": decoder.embedding_VD[...],
+        "model.norm.weight": decoder.norm.gain_H[...],
+    }
     if not decoder.config.tie_embeddings:
         names["lm_head.weight"] = decoder.unembedding_VD[...]
     for i, block in enumerate(decoder.layers):
         attention, mlp = block.attention, block.mlp
+        assert isinstance(attention, GroupedAttention)
         inward = lambda w: w[...].reshape(w[...].shape[0], -1).T
         gate_FD, up_FD = np.split(np.asarray(mlp.gate_up_DE[...]).T, 2)
         weights = {
@@ -114,7 +120,7 @@ def loss(model: Any, tokens_BT: Any, targets_BT: Any) -> Any:
 
 
 class TorchWorkload:
-    """Eager training: scaled-dot-product attention, fused AdamW, gradient clipping; threads as PyTorch sets them."""
+    """Eager training: fused attention, fused AdamW, gradient clipping, PyTorch's own number of threads."""
 
     def __init__(self, config: Config):
         import torch
@@ -129,7 +135,10 @@ class TorchWorkload:
             {"params": [p for p in parameters if not decays(p)], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(
-            groups, lr=config.optimizer.peak_lr, betas=(config.optimizer.beta1, config.optimizer.beta2), fused=True
+            groups,
+            lr=config.optimizer.peak_lr,
+            betas=(config.optimizer.beta1, config.optimizer.beta2),
+            fused=True,
         )
 
     def seconds(self, steps: int) -> float:
@@ -155,6 +164,8 @@ class Worker:
         root = Path(__file__).parents[1]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, cwd=root, stdin=pipe, stdout=pipe, text=True)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._questions, self._answers = self._process.stdin, self._process.stdout
         self.description = self._ask(json.dumps(to_dict(config)))
         """Versions, threads and parameters."""
 
@@ -162,13 +173,13 @@ class Worker:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._process.stdin.close()
+        self._questions.close()
         try:
-            self._process.wait(timeout=10)
+            self._process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()
+        self._answers.close()
 
     def seconds(self, steps: int) -> float:
         """Time of `steps` steps."""
@@ -177,8 +188,8 @@ class Worker:
         return answer["seconds"]
 
     def _ask(self, line: str) -> dict[str, Any]:
-        print(line, file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
+        print(line, file=self._questions, flush=True)
+        answer = self._answers.readline()
         if not answer:
             raise RuntimeError(f"the torch worker ended with status {self._process.wait()}")
         return json.loads(answer)

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Self, TypeVar
 
 from rich.console import Console
@@ -16,9 +16,10 @@ class Bar:
     """Progress of `total` steps of which `done` are already made; a context manager."""
 
     def __init__(self, what: str, total: int, done: int = 0):
-        self._what, self._total, self._first, self._done = what, total, done, done
+        self._what, self._total = what, total
         self._start = time.monotonic()
         self._printed = -SECONDS_BETWEEN_LINES
+        self._measured: tuple[float, int] | None = None
         self._live = None
         if sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
@@ -37,15 +38,16 @@ class Bar:
 
     def update(self, done: int, text: str = "") -> None:
         """`done` steps are made; `text` goes beside them."""
-        self._done = done
         if self._live is not None:
             self._live.update(self._task, completed=done, text=text)
             return
         now = time.monotonic()
+        if self._measured is None:  # the first step compiles: the time left is told from the second on
+            self._measured = (now, done)
         if now - self._start - self._printed >= SECONDS_BETWEEN_LINES:
             self._printed = now - self._start
-            made = done - self._first
-            left = f"{_clock(self._printed / made * (self._total - done))} left" if made else "..."
+            since, first = self._measured
+            left = f"{_clock((now - since) / (done - first) * (self._total - done))} left" if done > first else "..."
             print(f"{self._what} {done}/{self._total}  {left}  {text}".rstrip(), flush=True)
 
     def line(self, text: str) -> None:
@@ -62,11 +64,6 @@ def track(what: str, items: list[T]) -> Iterator[T]:
         for i, item in enumerate(items):
             yield item
             bar.update(i + 1)
-
-
-def quiet(items: Iterable[T]) -> Iterator[T]:
-    """The items, without."""
-    return iter(items)
 
 
 def _clock(seconds: float) -> str:

@@ -12,7 +12,7 @@ from kvjax.config import Config, from_dict, to_dict
 from kvjax.data import Tokenizer, from_json
 from kvjax.train import init_state
 
-CONFIG, TOKENIZER, RESULT = "config.json", "tokenizer.json", "result.json"
+CONFIG, TOKENIZER, CHECKPOINTS, RESULT = "config.json", "tokenizer.json", "checkpoints", "result.json"
 
 
 @dataclass(frozen=True)
@@ -32,31 +32,26 @@ def load_config(directory: Path) -> Config:
     """The resolved configuration of a run; ValueError if it is none."""
     if not (directory / CONFIG).is_file():
         raise ValueError(f"run={str(directory)!r} must be the directory of a run: it has no {CONFIG}")
+    values = results.read_json(directory / CONFIG)
     try:
-        return from_dict(results.read_json(directory / CONFIG))
-    except (TypeError, AttributeError) as error:
+        return from_dict(values)
+    except ValueError as error:
         raise ValueError(f"{directory / CONFIG} is not a configuration: {error}") from error
 
 
 def load_run(directory: Path) -> Run:
     """Configuration, tokenizer and newest sound parameters.
 
-    ValueError for a directory that is no run, a tokenizer other than the one the checkpoint was
-    trained with, a checkpoint of another variant, or no sound checkpoint.
+    ValueError for a directory that is no run, no sound checkpoint, or a checkpoint that was trained
+    with another tokenizer or configuration.
     """
     config = load_config(directory)
-    if not (directory / TOKENIZER).is_file():
-        raise ValueError(f"{directory / TOKENIZER} is missing")
-    tokenizer = from_json((directory / TOKENIZER).read_text())
-    checkpoints = Checkpoints(directory / "checkpoints")
+    tokenizer = _load_tokenizer(directory / TOKENIZER)
+    checkpoints = Checkpoints(directory / CHECKPOINTS)
     metadata = checkpoints.metadata()
     if metadata is None:
         raise ValueError(f"run={str(directory)!r} has no checkpoint yet")
-    if metadata["tokenizer"] != tokenizer.digest:
-        raise ValueError(
-            f"{directory / TOKENIZER} (digest {tokenizer.digest[:12]}) does not fit the checkpoint, which was "
-            f"trained with the tokenizer of digest {metadata['tokenizer'][:12]}"
-        )
+    check_same_origin(directory, metadata, config, tokenizer)
     like = jax.eval_shape(lambda: init_state(config, tokenizer.vocab_size))
     restored = checkpoints.restore(like)
     assert restored is not None
@@ -64,9 +59,31 @@ def load_run(directory: Path) -> Run:
     return Run(config, tokenizer, step, state.params, tuple(checkpoints.damaged))
 
 
+def _load_tokenizer(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    try:
+        return from_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def check_same_origin(directory: Path, metadata: dict[str, Any], config: Config, tokenizer: Tokenizer) -> None:
+    """ValueError where a checkpoint's metadata name another tokenizer or configuration."""
+    if metadata["tokenizer"] != tokenizer.digest:
+        raise ValueError(
+            f"{directory / TOKENIZER} (digest {tokenizer.digest[:12]}) does not fit the checkpoint, which was "
+            f"trained with the tokenizer of digest {metadata['tokenizer'][:12]}"
+        )
+    for path, (theirs, ours) in _differences(metadata["config"], to_dict(config)):
+        raise ValueError(
+            f"{directory / CONFIG} does not fit the checkpoint, which was trained with {path}={theirs}, not {ours}"
+        )
+
+
 def check_same_config(directory: Path, config: Config) -> dict[str, Any] | None:
     """The result of a finished run, None for a new or unfinished one; ValueError for another's directory."""
-    if not directory.exists():
+    if not directory.exists() or [path.name for path in directory.iterdir()] == [".lock"]:
         return None
     if not (directory / CONFIG).is_file():
         raise ValueError(f"{directory} exists and is not a run (no {CONFIG}); choose another --name")

@@ -18,10 +18,8 @@ def make_mesh(batch_size: int, field: str = "batch_size") -> Mesh:
     devices = jax.device_count()
     if batch_size % devices:
         below = batch_size - batch_size % devices
-        raise ValueError(
-            f"{field}={batch_size} must be a multiple of the {devices} devices; "
-            f"nearest: {below or devices} or {below + devices}"
-        )
+        nearest = " or ".join(str(size) for size in (below, below + devices) if size)
+        raise ValueError(f"{field}={batch_size} must be a multiple of the {devices} devices; nearest: {nearest}")
     return jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,))
 
 

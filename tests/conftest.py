@@ -8,6 +8,8 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import functools
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +49,7 @@ VARIANTS: dict[str, AttentionConfig] = {
     "mla_interleaved": Latent(6, rank=13, rope_dim=4, nope_dim=3, value_dim=5, rope_interleaved=True),
 }
 WIDTH, VOCAB = 23, 29
-DECODER = DecoderConfig(width=WIDTH, depth=2, mlp_width=31)
+DECODER = DecoderConfig(width=WIDTH, depth=2, mlp_width=31, output_scale=1.0)
 
 # For programs that run for microseconds: XLA compiles them eight times as fast.
 QUICK = {
@@ -57,12 +59,12 @@ QUICK = {
 }
 
 
-def quick_jit_of(f: Callable) -> Callable:
-    return jax.jit(f, compiler_options=QUICK)
+def quick_jit_of(f: Callable, **options: Any) -> Any:
+    return jax.jit(f, compiler_options=QUICK, **options)
 
 
 @pytest.fixture(scope="session")
-def quick_jit() -> Callable[[Callable], Callable]:
+def quick_jit() -> Callable[..., Any]:
     """`jax.jit` for tiny programs, whose compilation is most of their time."""
     return quick_jit_of
 
@@ -100,10 +102,8 @@ class Model:
     step: Callable
     """`(params, tokens_BT, positions_BT, cache) -> logits_BTV, cache`."""
 
-    def init_cache(self, batch: int, max_len: int, chunk: int | None = None, params: Any = None) -> Cache:
-        """An empty exact cache in the dtype of the parameters."""
-        model = nnx.merge(self.graphdef, self.params if params is None else params)
-        return model.init_cache(batch, max_len, Exact(chunk=chunk))
+    empty: Callable[[int, int, int | None], Cache]
+    """`(batch, max_len, chunk)` -> an exact cache; calls of equal arguments share one, caches being values."""
 
     def feed(
         self, cache: Cache, tokens: np.ndarray, positions: np.ndarray, split: tuple[int, ...]
@@ -118,11 +118,18 @@ class Model:
         return np.concatenate(parts, axis=1), cache
 
 
+@functools.cache
+def new_decoder(config: DecoderConfig, attention: AttentionConfig) -> tuple[nnx.GraphDef, Any]:
+    return split_of(lambda: Decoder(config, attention, VOCAB, jax.random.key(0)))
+
+
+@functools.cache
 def make_model(attention: AttentionConfig) -> Model:
-    graphdef, params = split_of(lambda: Decoder(DECODER, attention, VOCAB, jax.random.key(0)))
+    graphdef, params = new_decoder(DECODER, attention)
     forward = lambda params, tokens, positions: nnx.merge(graphdef, params)(tokens, positions)[0]
     step = lambda params, tokens, positions, cache: nnx.merge(graphdef, params)(tokens, positions, cache)
-    return Model(attention, graphdef, params, quick_jit_of(forward), quick_jit_of(step))
+    empty = lambda batch, max_len, chunk: nnx.merge(graphdef, params).init_cache(batch, max_len, Exact(chunk=chunk))
+    return Model(attention, graphdef, params, quick_jit_of(forward), quick_jit_of(step), functools.cache(empty))
 
 
 @pytest.fixture(scope="session")
@@ -132,9 +139,15 @@ def model(variant) -> Model:
 
 
 @pytest.fixture(scope="session")
-def gqa_model() -> Model:
-    """The decoder with six query heads over two KV heads."""
-    return make_model(VARIANTS["gqa3"])
+def model_of() -> Callable[[str], Model]:
+    """Function to get the decoder of a variant by its name."""
+    return lambda name: make_model(VARIANTS[name])
+
+
+@pytest.fixture(scope="session")
+def init() -> Callable[[DecoderConfig, AttentionConfig], tuple[nnx.GraphDef, Any]]:
+    """Function to make a decoder's graph definition and parameters, none of them constant."""
+    return new_decoder
 
 
 @pytest.fixture(scope="session")
@@ -172,6 +185,19 @@ def _plain_name(attribute: str) -> str:
     """`k_bias` of `k_bias_KH`, and `q_norm` of the module `q_norm`."""
     head, _, tail = attribute.rpartition("_")
     return head if tail.isupper() else attribute
+
+
+@pytest.fixture(scope="session")
+def largest_array() -> Callable[..., int]:
+    """Function to find the elements of the largest array in a jitted function's program, before and after XLA."""
+
+    def largest(jitted: Any, *args: Any) -> int:
+        lowered = jitted.lower(*args)
+        dims = re.findall(r"tensor<((?:\d+x)+)[a-z]", lowered.as_text())
+        dims += re.findall(r"[a-z]\d+\[([\d,]+)\]", lowered.compile().as_text())
+        return max(math.prod(int(d) for d in re.findall(r"\d+", shape)) for shape in dims)
+
+    return largest
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from kvjax.attention.base import visible
+from kvjax.codecs import Exact
 
 BATCH, TOKENS, SLOTS = 3, 11, 16
 PARTS = (1, 3, 7)
@@ -75,7 +76,7 @@ def test_both_forms_of_reading_are_in_use(variant, build):
 @pytest.mark.parametrize("start", [0, 37])
 def test_any_split_into_prefill_and_steps_equals_training(model, chunk, expected, start, error):
     for split in splits(TOKENS) if start == 0 else [(3, 7, 1), (7, 1, 3)]:
-        logits, cache = model.feed(model.init_cache(BATCH, SLOTS, chunk), tokens_of(), positions_from(start), split)
+        logits, cache = model.feed(model.empty(BATCH, SLOTS, chunk), tokens_of(), positions_from(start), split)
         assert error(logits, expected) < 2e-5, split
         assert int(cache.length) == TOKENS
 
@@ -85,7 +86,7 @@ def test_ragged_prompts_equal_each_prompt_alone(model, chunk, error):
     lengths = np.array([11, 8, 2])
     positions = positions_from(0) - (TOKENS - lengths)[:, None].astype(np.int32)
     padded = np.where(positions >= 0, tokens_of(), 17).astype(np.int32)
-    logits, _ = model.feed(model.init_cache(BATCH, SLOTS, chunk), padded, np.maximum(positions, -1), (7, 3, 1))
+    logits, _ = model.feed(model.empty(BATCH, SLOTS, chunk), padded, np.maximum(positions, -1), (7, 3, 1))
     assert np.isfinite(logits).all()
     for row, length in enumerate(lengths):
         alone = np.full((BATCH, TOKENS), 5, np.int32)
@@ -94,10 +95,11 @@ def test_ragged_prompts_equal_each_prompt_alone(model, chunk, error):
         assert error(logits[row, TOKENS - length :], expected) < 2e-5
 
 
-def test_bfloat16_parameters(model, chunk, expected):
-    half = dataclasses.replace(model, params=jax.tree.map(lambda a: a.astype(jnp.bfloat16), model.params))
-    cache = half.init_cache(BATCH, SLOTS, chunk)
+def test_bfloat16_parameters(model, expected):
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), model.params)
+    cache = nnx.merge(model.graphdef, params).init_cache(BATCH, SLOTS, Exact(chunk=8))
     assert {a.dtype for a in jax.tree.leaves(cache.memory)} == {jnp.dtype(jnp.bfloat16)}
+    half = dataclasses.replace(model, params=params)
     logits, _ = half.feed(cache, tokens_of(), positions_from(0), (7, 1, 1, 1, 1))
     assert np.abs(logits - expected).mean() < 0.03 * expected.std()
 
@@ -107,7 +109,7 @@ def test_bfloat16_parameters(model, chunk, expected):
 
 def test_a_zeroed_or_random_memory_wrecks_the_next_logits(model, chunk, expected):
     """Decoding reads the cache, and not something that it happens to keep beside it."""
-    _, cache = model.feed(model.init_cache(BATCH, SLOTS, chunk), tokens_of(), positions_from(0), (7, 3))
+    _, cache = model.feed(model.empty(BATCH, SLOTS, chunk), tokens_of(), positions_from(0), (7, 3))
     last = lambda memory: np.asarray(
         model.step(
             model.params, tokens_of()[:, -1:], positions_from(0)[:, -1:], dataclasses.replace(cache, memory=memory)
@@ -124,7 +126,7 @@ def test_a_zeroed_or_random_memory_wrecks_the_next_logits(model, chunk, expected
 
 def test_free_slots_are_not_read(model, chunk, expected, error):
     """Whatever a free slot holds has no weight; chunks with free slots alone are not even decoded."""
-    _, cache = model.feed(model.init_cache(BATCH, SLOTS, chunk), tokens_of(), positions_from(0), (3, 1))
+    _, cache = model.feed(model.empty(BATCH, SLOTS, chunk), tokens_of(), positions_from(0), (3, 1))
     used = np.arange(SLOTS)[:, None] < 4
     far = np.arange(SLOTS)[:, None] >= 8
     junk = lambda a: jnp.where(used, a, jnp.asarray(99 * draw(*a.shape)))
@@ -143,6 +145,14 @@ def test_visible():
         [[0, 1, 1, 1, 0], [0, 0, 0, 0, 0]],
         [[0, 0, 0, 1, 0], [1, 1, 1, 1, 0]],
     ]
+
+
+def test_a_step_in_chunks_makes_no_array_larger_than_what_is_stored(model, largest_array):
+    """Not even where keys must be rebuilt for every head: 256 slots of them would be the largest."""
+    cache = model.empty(BATCH, 256, 8)
+    stored = max(a.size for a in jax.tree.leaves(cache.memory))
+    now = slice(0, 1)
+    assert largest_array(model.step, model.params, tokens_of()[:, now], positions_from(0)[:, now], cache) == stored
 
 
 # The two algebraic forms
@@ -195,7 +205,7 @@ def test_a_cache_read_in_either_form_at_every_length(model, expand_from, expecte
         block.attention.expand_from = expand_from
     graphdef = nnx.split(decoder)[0]
     forced = dataclasses.replace(model, step=quick_jit(lambda params, *inputs: nnx.merge(graphdef, params)(*inputs)))
-    logits, _ = forced.feed(model.init_cache(BATCH, SLOTS), tokens_of(), positions_from(0), (7, 3, 1))
+    logits, _ = forced.feed(model.empty(BATCH, SLOTS, None), tokens_of(), positions_from(0), (7, 3, 1))
     assert error(logits[:, 1:], expected[:, 1:]) < 2e-5
 
 
@@ -208,11 +218,10 @@ def test_an_entry_holds_what_the_formula_says(variant, build):
     assert sum(leaf.size for leaf in jax.tree.leaves(entry)) == 2 * 13 * variant.elements_per_token()
 
 
-@pytest.mark.parametrize(("dtype", "itemsize"), [(jnp.float32, 4), (jnp.bfloat16, 2)])
-@pytest.mark.parametrize(("batch", "slots"), [(1, 5), (3, 17)])
-def test_a_cache_takes_the_bytes_that_are_declared(model, dtype, itemsize, batch, slots):
+@pytest.mark.parametrize(("batch", "slots", "dtype", "itemsize"), [(1, 5, "float32", 4), (3, 17, "bfloat16", 2)])
+def test_a_cache_takes_the_bytes_that_are_declared(model, batch, slots, dtype, itemsize):
     params = jax.tree.map(lambda a: a.astype(dtype), model.params)
-    cache = model.init_cache(batch, slots, params=params)
+    cache = nnx.merge(model.graphdef, params).init_cache(batch, slots, Exact())
     declared = model.attention.elements_per_token() * 2 * itemsize
     assert cache.bytes_per_token() == declared
     assert sum(a.nbytes for a in jax.tree.leaves(cache.memory)) == batch * slots * declared

@@ -1,0 +1,140 @@
+"""Writing, reading, room and size of the cache, on literal arrays and on compiled programs.
+
+B batch, T tokens, S slots.
+"""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from kvjax import cache as caches
+from kvjax.cache import Cache, nbytes
+from kvjax.codecs import Exact
+
+
+def empty(slots: int, chunk: int | None = None, batch: int = 1) -> Cache:
+    """One layer that stores a number `flat` [B, S, 1] and two heads `k` [B, 2, S, 1] for each token."""
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    return caches.empty(({"flat": shape(batch, slots, 1), "k": shape(batch, 2, slots, 1)},), Exact(chunk=chunk))
+
+
+def entry(*tokens: float, batch: int = 1):
+    """Head j of token t holds t + j / 10."""
+    flat = jnp.broadcast_to(jnp.asarray(tokens, jnp.float32)[None, :, None], (batch, len(tokens), 1))
+    return {"flat": flat, "k": jnp.stack([flat, flat + 0.1], axis=1)}
+
+
+def write(cache: Cache, positions_BT, *tokens: float) -> Cache:
+    cache = cache.claim(jnp.asarray(positions_BT, jnp.int32))
+    layer = cache.layer(0, len(tokens)).write(entry(*tokens, batch=cache.positions_BS.shape[0]))
+    return dataclasses.replace(cache, memory=(layer.memory,))
+
+
+def test_an_empty_cache():
+    cache = empty(5, batch=2)
+    assert cache.positions_BS.tolist() == [[-1] * 5] * 2
+    assert (cache.max_len, int(cache.length)) == (5, 0)
+    assert {name: a.shape for name, a in cache.memory[0].items()} == {"flat": (2, 5, 1), "k": (2, 2, 5, 1)}
+    assert not any(np.asarray(a).any() for a in cache.memory[0].values())
+
+
+def test_tokens_land_in_the_next_slots():
+    cache = write(write(empty(7), [[0, 1, 2]], 11, 12, 13), [[3, 4]], 21, 22)
+    assert int(cache.length) == 5
+    assert cache.positions_BS.tolist() == [[0, 1, 2, 3, 4, -1, -1]]
+    memory = cache.memory[0]
+    assert memory["flat"][0, :, 0].tolist() == [11, 12, 13, 21, 22, 0, 0]
+    heads = [[11, 12, 13, 21, 22, 0, 0], [11.1, 12.1, 13.1, 21.1, 22.1, 0, 0]]
+    np.testing.assert_allclose(memory["k"][0, :, :, 0], heads, rtol=1e-6)
+
+
+def test_rows_share_slots_and_differ_in_positions():
+    cache = write(empty(5, batch=3), [[-1, 0], [-1, -1], [0, 1]], 1, 2)
+    cache = write(cache, [[1], [0], [2]], 3)
+    assert cache.positions_BS.tolist() == [[-1, 0, 1, -1, -1], [-1, -1, 0, -1, -1], [0, 1, 2, -1, -1]]
+
+
+def test_reading_a_part():
+    cache = write(empty(7), [[0, 1, 2, 3, 4]], 1, 2, 3, 4, 5)
+    layer = cache.layer(0, 0)
+    assert layer.read(2, 3)["flat"][0, :, 0].tolist() == [3, 4, 5]
+    assert layer.read()["k"].shape == (1, 2, 7, 1)
+    np.testing.assert_allclose(layer.read(jnp.int32(1), 2)["k"][0, 1, :, 0], [2.1, 3.1], rtol=1e-6)
+
+
+def test_jax_alone_would_move_a_write_that_does_not_fit():
+    """Why `room_for` exists: two tokens written at slot 4 of 5 overwrite slot 3."""
+    slots = lax.dynamic_update_slice_in_dim(jnp.arange(5), jnp.array([91, 92]), 4, 0)
+    assert slots.tolist() == [0, 1, 2, 91, 92]
+
+
+@pytest.mark.parametrize(("used", "more", "fit"), [(0, 6, 5), (4, 2, 1), (5, 1, 0)])
+def test_a_full_cache_refuses(used, more, fit):
+    cache = empty(5)
+    if used:
+        cache = write(cache, [list(range(used))], *range(used))
+    before = jax.tree.map(np.array, cache)
+    message = f"num_tokens={more} do not fit a cache of max_len=5 slots with {used} in use; at most {fit} fit"
+    for refused in (lambda: cache.room_for(more), lambda: cache.claim(jnp.zeros((1, more), jnp.int32))):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            refused()
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), cache, before)))
+    cache.room_for(fit)
+
+
+def test_too_many_tokens_are_refused_while_tracing():
+    with pytest.raises(ValueError, match="num_tokens=6 do not fit"):
+        jax.jit(lambda cache: cache.claim(jnp.zeros((1, 6), jnp.int32)))(empty(5))
+
+
+def test_a_decoder_refuses_before_it_writes(model_of):
+    """The cacheless model has no such limit."""
+    model = model_of("gqa3")
+    tokens, positions = np.zeros((3, 11), np.int32), np.tile(np.arange(11, dtype=np.int32), (3, 1))
+    with pytest.raises(ValueError, match="num_tokens=11 do not fit a cache of max_len=7"):
+        model.step(model.params, tokens, positions, model.empty(3, 7, None))
+    assert model.forward(model.params, tokens, positions).shape == (3, 11, 29)
+
+
+@pytest.mark.parametrize(("slots", "nearest"), [(12, "8 or 16"), (3, "8 or 8")])
+def test_slots_must_be_whole_chunks(slots, nearest):
+    with pytest.raises(ValueError, match=rf"max_len={slots} must be a multiple of .*chunk=8; nearest: {nearest}"):
+        empty(slots, chunk=8)
+    assert empty(16, chunk=8).layer(0, 0).chunk == 8
+
+
+def test_nbytes_counts_arrays_and_shapes():
+    tree = {"a": jnp.zeros((3, 5), jnp.bfloat16), "b": (np.zeros(7, np.uint8), jax.ShapeDtypeStruct((2,), jnp.float32))}
+    assert nbytes(tree) == 3 * 5 * 2 + 7 + 2 * 4
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("slots", [1, 7])
+def test_bytes_per_token_do_not_depend_on_the_size_of_the_cache(batch, slots):
+    cache = empty(slots, batch=batch)
+    assert cache.bytes_per_token() == 3 * 4
+    assert nbytes(cache.memory) == batch * slots * 3 * 4
+
+
+def test_a_cache_is_a_pytree_whose_codec_is_static():
+    cache = empty(16, chunk=8)
+    leaves, structure = jax.tree.flatten(cache)
+    assert len(leaves) == 4
+    assert jax.tree.unflatten(structure, leaves).codec == Exact(chunk=8)
+    assert jax.tree.structure(empty(16)) != structure
+
+
+def test_a_donated_cache_is_updated_in_place(model, quick_jit):
+    cache = jax.tree.map(jnp.copy, model.empty(3, 16, 8))
+    tokens, positions = np.zeros((3, 1), np.int32), np.zeros((3, 1), np.int32)
+    donated = quick_jit(model.step.__wrapped__, donate_argnums=3).lower(model.params, tokens, positions, cache).compile()
+    assert donated.memory_analysis().alias_size_in_bytes >= nbytes(cache)
+    pointers = lambda cache: [a.unsafe_buffer_pointer() for a in jax.tree.leaves(cache.memory)]
+    before = pointers(cache)
+    assert pointers(donated(model.params, tokens, positions, cache)[1]) == before
+    assert all(a.is_deleted() for a in jax.tree.leaves(cache))
