@@ -1,6 +1,6 @@
 """The decoder's plain layers: initialisers, RMSNorm, rotary positions, the gated MLP.
 
-B batch, T tokens, D width, F mlp width, H features of a head (any last axis).
+B batch, T tokens, M = B * T, D width, F mlp width, E = 2 F, H features of a head (any last axis).
 Modules compute in the dtype of their parameters; norms and rotations pass through float32.
 """
 
@@ -64,12 +64,15 @@ class MLP(nnx.Module):
     """SwiGLU: (silu(x W_gate) * x W_up) W_down (Shazeer 2020, eq. 6), gate and up in one product."""
 
     def __init__(self, width: int, mlp_width: int, output_scale: float, key: jax.Array):
-        self.gate_up_DE = normal(subkey(key, "gate"), (width, 2 * mlp_width), width)  # E = 2 F
+        self.gate_up_DE = normal(subkey(key, "gate"), (width, 2 * mlp_width), width)
         self.down_FD = normal(subkey(key, "down"), (mlp_width, width), mlp_width, output_scale)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF, up_BTF = jnp.split(jnp.einsum("BTD,DE->BTE", x_BTD, self.gate_up_DE[...]), 2, axis=-1)
-        return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_FD[...])
+        # Batch and time as one axis: summing a weight's gradient over two transposes the activations on CPU.
+        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        gate_MF, up_MF = jnp.split(jnp.einsum("MD,DE->ME", x_MD, self.gate_up_DE[...]), 2, axis=-1)
+        y_MD = jnp.einsum("MF,FD->MD", jax.nn.silu(gate_MF) * up_MF, self.down_FD[...])
+        return y_MD.reshape(x_BTD.shape)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -3,12 +3,9 @@
 B batch, T tokens, D width, V vocabulary.
 """
 
-import os
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 import functools
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +16,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-nnx.set_graph_mode(False)
-
 from kvjax import primer
 from kvjax.attention.base import Attention, AttentionConfig
 from kvjax.attention.grouped import Grouped
@@ -32,6 +24,12 @@ from kvjax.attention.low_rank import LowRank
 from kvjax.cache import Cache
 from kvjax.codecs import Exact
 from kvjax.decoder import Decoder, DecoderConfig
+
+jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))  # of subprocesses, too
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+nnx.set_graph_mode(False)
 
 # Ranks and head dims are such that 1 or 3 queries read a cache in absorbed form, 7 in expanded form.
 VARIANTS: dict[str, AttentionConfig] = {
@@ -49,7 +47,7 @@ VARIANTS: dict[str, AttentionConfig] = {
     "mla_interleaved": Latent(6, rank=13, rope_dim=4, nope_dim=3, value_dim=5, rope_interleaved=True),
 }
 WIDTH, VOCAB = 23, 29
-DECODER = DecoderConfig(width=WIDTH, depth=2, mlp_width=31, output_scale=1.0)
+DECODER = DecoderConfig(width=WIDTH, depth=2, mlp_width=31)
 
 # For programs that run for microseconds: XLA compiles them eight times as fast.
 QUICK = {
@@ -75,19 +73,21 @@ def variant(request) -> AttentionConfig:
     return request.param
 
 
-def split_of(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Any]:
-    """A new module, split, its parameters on NumPy: those that all start alike are made unlike.
+def drawn(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Any]:
+    """A module's graph definition, and parameters from NumPy: compiling JAX's draws would take most of the time.
 
-    A gain of 1 or a bias of 0 would hide whether it is used.
+    Gains are not 1 and biases are not 0, which would hide whether they are used.
     """
     rng = np.random.default_rng(0)
 
-    def distinct(leaf):
-        leaf = np.array(leaf)
-        return leaf + 0.3 * rng.standard_normal(leaf.shape).astype(leaf.dtype) if np.ptp(leaf) == 0 else leaf
+    def draw(path, leaf):
+        name, noise = path[-2].key, rng.standard_normal(leaf.shape).astype(leaf.dtype)
+        if "bias" in name or "gain" in name:
+            return np.float32("gain" in name) + np.float32(0.3) * noise
+        return noise / np.float32(math.sqrt(leaf.shape[0]))
 
-    params = quick_jit_of(lambda: nnx.split(make())[1])()
-    return nnx.split(nnx.eval_shape(make))[0], jax.tree.map(distinct, params)
+    graphdef, shapes = nnx.split(nnx.eval_shape(make))
+    return graphdef, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @dataclass(frozen=True)
@@ -119,17 +119,16 @@ class Model:
 
 
 @functools.cache
-def new_decoder(config: DecoderConfig, attention: AttentionConfig) -> tuple[nnx.GraphDef, Any]:
-    return split_of(lambda: Decoder(config, attention, VOCAB, jax.random.key(0)))
-
-
-@functools.cache
 def make_model(attention: AttentionConfig) -> Model:
-    graphdef, params = new_decoder(DECODER, attention)
+    graphdef, params = drawn(lambda: Decoder(DECODER, attention, VOCAB, jax.random.key(0)))
     forward = lambda params, tokens, positions: nnx.merge(graphdef, params)(tokens, positions)[0]
     step = lambda params, tokens, positions, cache: nnx.merge(graphdef, params)(tokens, positions, cache)
-    empty = lambda batch, max_len, chunk: nnx.merge(graphdef, params).init_cache(batch, max_len, Exact(chunk=chunk))
-    return Model(attention, graphdef, params, quick_jit_of(forward), quick_jit_of(step), functools.cache(empty))
+    empty = lambda batch, max_len, chunk: nnx.merge(graphdef, params).init_cache(
+        batch, max_len, Exact(chunk=chunk)
+    )
+    return Model(
+        attention, graphdef, params, quick_jit_of(forward), quick_jit_of(step), functools.cache(empty)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -145,9 +144,9 @@ def model_of() -> Callable[[str], Model]:
 
 
 @pytest.fixture(scope="session")
-def init() -> Callable[[DecoderConfig, AttentionConfig], tuple[nnx.GraphDef, Any]]:
-    """Function to make a decoder's graph definition and parameters, none of them constant."""
-    return new_decoder
+def draw_params() -> Callable[[Callable[[], nnx.Module]], tuple[nnx.GraphDef, Any]]:
+    """Function to get a new module's graph definition, and random parameters for it."""
+    return drawn
 
 
 @pytest.fixture(scope="session")
@@ -156,7 +155,7 @@ def build() -> Callable[..., Attention]:
 
     @functools.cache
     def build_layer(config: AttentionConfig) -> Attention:
-        return nnx.merge(*split_of(lambda: config.build(WIDTH, 1.0, jax.random.key(0))))
+        return nnx.merge(*drawn(lambda: config.build(WIDTH, 1.0, jax.random.key(0))))
 
     return build_layer
 

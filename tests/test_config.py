@@ -39,7 +39,7 @@ def test_a_preset_survives_json(name):
 def test_every_field_survives_json():
     config = Config(
         LowRank(6, head_dim=10, rank=None, rank_k=3, rank_v=5, position="none", rope_theta=77.0),
-        DecoderConfig(30, 3, 31, tie_embeddings=False, dropout=0.25, scan=True, remat=True),
+        DecoderConfig(30, 3, 31, tie_embeddings=False, output_scale=0.5, dropout=0.25, scan=True, remat=True),
         DataConfig("other", "bytes", 300, 17, data_dir="/d", manual_dir="/m"),
         OptimizerConfig(1.5, 2, 0.5, 0.1, 0.2, 0.3, 0.4),
         TrainConfig(11, 12, 3, "bfloat16", 4, 5, 6, 7, 8),
@@ -160,6 +160,7 @@ FRACTION = "must be at least 0.0 and below 1.0"
         (DecoderConfig, {"width": 0}, "width=0 must be at least 1"),
         (DecoderConfig, {"depth": 0}, "depth=0 must be at least 1"),
         (DecoderConfig, {"mlp_width": -1}, "mlp_width=-1 must be at least 1"),
+        (DecoderConfig, {"output_scale": -1.0}, "output_scale=-1.0 must be at least 0.0"),
         (DecoderConfig, {"dropout": 1.0}, f"dropout=1.0 {FRACTION}"),
         (DecoderConfig, {"dropout": -0.5}, f"dropout=-0.5 {FRACTION}"),
         (Grouped, {"num_heads": 0}, "num_heads=0 must be at least 1"),

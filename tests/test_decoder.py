@@ -27,18 +27,20 @@ ATTENTIONS = pytest.mark.parametrize("attention", [GROUPED, LATENT], ids=["group
 
 
 @pytest.fixture(scope="module")
-def split(init):
+def split(draw_params):
     """Function to get a decoder's graph definition and parameters: the same weights for all fields."""
 
     @functools.cache
     def split_of(attention=GROUPED, **fields):
-        weights = nnx.to_pure_dict(init(CONFIG, attention)[1])
+        weights = nnx.to_pure_dict(draw_params(lambda: Decoder(CONFIG, attention, 29, jax.random.key(0)))[1])
         config = dataclasses.replace(CONFIG, **fields)
         if config.tie_embeddings:
             del weights["unembedding_VD"]
         if config.scan:
             weights = with_stack(weights)
-        graphdef, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, attention, 29, jax.random.key(0))))
+        graphdef, params = nnx.split(
+            nnx.eval_shape(lambda: Decoder(config, attention, 29, jax.random.key(0)))
+        )
         nnx.replace_by_pure_dict(params, weights)
         return graphdef, params
 
@@ -115,31 +117,42 @@ def test_no_token_sees_a_later_one(model, quick_jit):
 # Weights
 
 
-def test_variants_of_one_seed_share_what_they_have_in_common(init):
-    """Embeddings and MLPs are equal, whatever the attention; layers differ from each other."""
-    grouped, latent = (nnx.merge(*init(CONFIG, attention)) for attention in (GROUPED, LATENT))
-    assert (grouped.embedding_VD[...] == latent.embedding_VD[...]).all()
-    assert (grouped.unembedding_VD[...] == latent.unembedding_VD[...]).all()
-    for ours, theirs in zip(grouped.layers, latent.layers):
-        assert (ours.mlp.gate_up_DE[...] == theirs.mlp.gate_up_DE[...]).all()
-        assert (ours.mlp.down_FD[...] == theirs.mlp.down_FD[...]).all()
-    first, second = grouped.layers
-    assert (first.mlp.down_FD[...] != second.mlp.down_FD[...]).mean() > 0.99
-    assert (first.attention.q_DNH[...] != second.attention.q_DNH[...]).mean() > 0.99
+@pytest.fixture(scope="module")
+def initial(quick_jit):
+    """Function to get a new decoder's weights."""
+
+    @functools.cache
+    def initial_of(attention=GROUPED, **fields):
+        config = dataclasses.replace(CONFIG, **fields)
+        return quick_jit(
+            lambda: nnx.to_pure_dict(nnx.split(Decoder(config, attention, 29, jax.random.key(0)))[1])
+        )()
+
+    return initial_of
 
 
-def test_tied_and_scanned_decoders_of_one_seed_have_the_same_weights(init):
-    same = lambda a, b: jax.tree.leaves(jax.tree.map(lambda x, y: (x == y).mean() > 0.99, a, b))
-    untied = nnx.to_pure_dict(init(CONFIG, GROUPED)[1])
-    tied = nnx.to_pure_dict(init(dataclasses.replace(CONFIG, tie_embeddings=True), GROUPED)[1])
-    assert "unembedding_VD" not in tied
-    assert (tied["embedding_VD"] == untied["embedding_VD"]).all()
-    assert all(same([tied["layers"][i]["mlp"] for i in (0, 1)], [untied["layers"][i]["mlp"] for i in (0, 1)]))
-    scanned = nnx.to_pure_dict(init(dataclasses.replace(CONFIG, scan=True), GROUPED)[1])
-    stack = with_stack(untied)["stack"]
-    for part in ("mlp", "attention"):
-        leaves = jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), scanned["stack"][part], stack[part]))
-        assert max(leaves) < 1e-6
+def assert_same(actual, expected):
+    """But for the rounding that fusion may change."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), actual, expected)
+
+
+def test_variants_of_one_seed_share_what_they_have_in_common(initial):
+    """Embeddings, norms and MLPs are equal, whatever the attention; layers differ from each other."""
+    grouped, latent = initial(GROUPED), initial(LATENT)
+    for name in ("embedding_VD", "unembedding_VD", "norm"):
+        assert_same(grouped[name], latent[name])
+    for i in range(CONFIG.depth):
+        assert_same(grouped["layers"][i]["mlp"], latent["layers"][i]["mlp"])
+    first, second = (grouped["layers"][i] for i in range(CONFIG.depth))
+    assert (first["mlp"]["down_FD"] != second["mlp"]["down_FD"]).mean() > 0.99
+    assert (first["attention"]["q_DNH"] != second["attention"]["q_DNH"]).mean() > 0.99
+
+
+def test_tied_and_scanned_decoders_of_one_seed_have_the_same_weights(initial):
+    untied, tied, scanned = dict(initial()), initial(tie_embeddings=True), initial(scan=True)
+    assert_same(scanned, with_stack(dict(untied)))
+    del untied["unembedding_VD"]
+    assert_same(tied, untied)
 
 
 # Ways to run the layers
@@ -172,7 +185,7 @@ def test_recomputed_activations_give_the_same_gradients(scan, split, gradients_o
     remat = split(scan=scan, remat=True)[0]
     ours, theirs = gradients_of(remat), gradients_of(graphdef)
     assert_trees_close(ours(params), theirs(params), error, 2e-6)
-    recomputes = lambda gradients: "checkpoint" in str(gradients.trace(params).jaxpr)
+    recomputes = lambda gradients: " remat" in str(gradients.trace(params).jaxpr)
     assert recomputes(ours)
     assert not recomputes(theirs)
 

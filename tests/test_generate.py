@@ -25,7 +25,7 @@ VARIANTS = {
 
 
 def model_of(attention, **fields):
-    config = DecoderConfig(width=23, depth=2, mlp_width=31, **fields)
+    config = DecoderConfig(width=23, depth=2, mlp_width=31, output_scale=1.0, **fields)
     graphdef, params = nnx.split(Decoder(config, attention, VOCAB, jax.random.key(2)))
     # Large, so that the tokens generated are not all the same.
     return graphdef, jax.tree.map(lambda a: 3 * a, params)

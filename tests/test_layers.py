@@ -24,7 +24,10 @@ def draw(*shape: int) -> np.ndarray:
 def test_rotation_by_hand(interleaved):
     """theta = 4 and four features: at position 2, pair 0 turns by 2 and pair 1 by 2 / sqrt(4) = 1."""
     y = rotate(jnp.array([[1.0, 2.0, 3.0, 4.0]]), jnp.array([2]), 4.0, interleaved)[0]
-    turn = lambda a, b, angle: (a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle))
+    turn = lambda a, b, angle: (
+        a * math.cos(angle) - b * math.sin(angle),
+        b * math.cos(angle) + a * math.sin(angle),
+    )
     if interleaved:
         expected = [*turn(1, 2, 2), *turn(3, 4, 1)]
     else:

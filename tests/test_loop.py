@@ -21,7 +21,6 @@ import pytest
 
 from kvjax import accounting, loop, results, train
 from kvjax.attention.grouped import Grouped
-from kvjax.checkpoint import Checkpoints
 from kvjax.config import Config, OptimizerConfig, TrainConfig, to_dict
 from kvjax.data import Corpus, DataConfig, TrainBatches
 from kvjax.data.tokenizer import BPETokenizer
@@ -33,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = 12
 CONFIG = Config(
     Grouped(2, 1, head_dim=4),
-    DecoderConfig(width=8, depth=1, mlp_width=12, dropout=0.1),
+    DecoderConfig(width=8, depth=1, mlp_width=12, output_scale=1.0, dropout=0.1),
     DataConfig(tokenizer="bytes", context=8),
     OptimizerConfig(peak_lr=0.02, warmup_steps=2),
     TrainConfig(

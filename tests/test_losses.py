@@ -23,7 +23,11 @@ def batch(shape, spread=1.0):
 
 def solved(x_BTD, w_VD, targets_BT):
     """Loss and gradients in float64: d loss / d logits = (softmax - one-hot) / tokens."""
-    x_ND, w_VD, targets_N = x_BTD.reshape(-1, WIDTH).astype(np.float64), w_VD.astype(np.float64), targets_BT.ravel()
+    x_ND, w_VD, targets_N = (
+        x_BTD.reshape(-1, WIDTH).astype(np.float64),
+        w_VD.astype(np.float64),
+        targets_BT.ravel(),
+    )
     logits_NV = x_ND @ w_VD.T
     logits_NV -= logits_NV.max(-1, keepdims=True)
     logp_NV = logits_NV - np.log(np.exp(logits_NV).sum(-1, keepdims=True))

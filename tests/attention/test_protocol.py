@@ -76,7 +76,9 @@ def test_both_forms_of_reading_are_in_use(variant, build):
 @pytest.mark.parametrize("start", [0, 37])
 def test_any_split_into_prefill_and_steps_equals_training(model, chunk, expected, start, error):
     for split in splits(TOKENS) if start == 0 else [(3, 7, 1), (7, 1, 3)]:
-        logits, cache = model.feed(model.empty(BATCH, SLOTS, chunk), tokens_of(), positions_from(start), split)
+        logits, cache = model.feed(
+            model.empty(BATCH, SLOTS, chunk), tokens_of(), positions_from(start), split
+        )
         assert error(logits, expected) < 2e-5, split
         assert int(cache.length) == TOKENS
 
@@ -112,7 +114,10 @@ def test_a_zeroed_or_random_memory_wrecks_the_next_logits(model, chunk, expected
     _, cache = model.feed(model.empty(BATCH, SLOTS, chunk), tokens_of(), positions_from(0), (7, 3))
     last = lambda memory: np.asarray(
         model.step(
-            model.params, tokens_of()[:, -1:], positions_from(0)[:, -1:], dataclasses.replace(cache, memory=memory)
+            model.params,
+            tokens_of()[:, -1:],
+            positions_from(0)[:, -1:],
+            dataclasses.replace(cache, memory=memory),
         )[0][:, 0]
     )
     zeroed = jax.tree.map(jnp.zeros_like, cache.memory)
@@ -133,7 +138,10 @@ def test_free_slots_are_not_read(model, chunk, expected, error):
     poison = lambda a: jnp.where(far & (chunk is not None), jnp.asarray(np.nan, a.dtype), junk(a))
     memory = jax.tree.map(poison, cache.memory)
     logits, _ = model.step(
-        model.params, tokens_of()[:, 4:5], positions_from(0)[:, 4:5], dataclasses.replace(cache, memory=memory)
+        model.params,
+        tokens_of()[:, 4:5],
+        positions_from(0)[:, 4:5],
+        dataclasses.replace(cache, memory=memory),
     )
     assert error(logits, expected[:, 4:5]) < 2e-5
 
@@ -152,7 +160,10 @@ def test_a_step_in_chunks_makes_no_array_larger_than_what_is_stored(model, large
     cache = model.empty(BATCH, 256, 8)
     stored = max(a.size for a in jax.tree.leaves(cache.memory))
     now = slice(0, 1)
-    assert largest_array(model.step, model.params, tokens_of()[:, now], positions_from(0)[:, now], cache) == stored
+    assert (
+        largest_array(model.step, model.params, tokens_of()[:, now], positions_from(0)[:, now], cache)
+        == stored
+    )
 
 
 # The two algebraic forms
@@ -198,14 +209,18 @@ def test_absorbed_scores_and_values_are_those_of_expanded_heads(variant, build, 
     assert error(y_BTD[:, 1:], expected_BTD[:, 1:]) < 5e-6
 
 
-@pytest.mark.parametrize("expand_from", [1, 2**30], ids=["expanded", "absorbed"])
-def test_a_cache_read_in_either_form_at_every_length(model, expand_from, expected, error, quick_jit):
+@pytest.mark.parametrize(
+    ("expand_from", "split"), [(1, (1,) * 11), (2**30, (7, 1, 3))], ids=["expanded", "absorbed"]
+)
+def test_either_form_of_reading_alone(model, expand_from, split, expected, error, quick_jit):
     decoder = nnx.merge(model.graphdef, model.params)
     for block in decoder.layers:
         block.attention.expand_from = expand_from
     graphdef = nnx.split(decoder)[0]
-    forced = dataclasses.replace(model, step=quick_jit(lambda params, *inputs: nnx.merge(graphdef, params)(*inputs)))
-    logits, _ = forced.feed(model.empty(BATCH, SLOTS, None), tokens_of(), positions_from(0), (7, 3, 1))
+    forced = dataclasses.replace(
+        model, step=quick_jit(lambda params, *inputs: nnx.merge(graphdef, params)(*inputs))
+    )
+    logits, _ = forced.feed(model.empty(BATCH, SLOTS, None), tokens_of(), positions_from(0), split)
     assert error(logits[:, 1:], expected[:, 1:]) < 2e-5
 
 
@@ -218,7 +233,9 @@ def test_an_entry_holds_what_the_formula_says(variant, build):
     assert sum(leaf.size for leaf in jax.tree.leaves(entry)) == 2 * 13 * variant.elements_per_token()
 
 
-@pytest.mark.parametrize(("batch", "slots", "dtype", "itemsize"), [(1, 5, "float32", 4), (3, 17, "bfloat16", 2)])
+@pytest.mark.parametrize(
+    ("batch", "slots", "dtype", "itemsize"), [(1, 5, "float32", 4), (3, 17, "bfloat16", 2)]
+)
 def test_a_cache_takes_the_bytes_that_are_declared(model, batch, slots, dtype, itemsize):
     params = jax.tree.map(lambda a: a.astype(dtype), model.params)
     cache = nnx.merge(model.graphdef, params).init_cache(batch, slots, Exact())

@@ -1,0 +1,42 @@
+import importlib
+from pathlib import Path
+
+import pytest
+
+from experiments import report
+
+ROOT = Path(__file__).parents[2]
+ROWS = report.read_rows(ROOT / report.ROWS)
+
+
+def test_readme_shows_the_committed_rows():
+    text = (ROOT / "README.md").read_text()
+    assert report.insert(text, report.table(ROWS)) == text, "run python -m experiments.report"
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_docstring_of_a_preset_tells_its_row(name):
+    row, story = ROWS[name], importlib.import_module(f"configs.{name}").__doc__ or ""
+    for figure in (
+        f"{row['bits_per_byte']:.3f} bits per byte",
+        f"perplexity {row['perplexity']:.1f}",
+        f"{row['cache_bytes_per_token']:,.0f} cache bytes per token",
+        f"{row['wall_seconds'] / 60:.1f} minutes",
+    ):
+        assert figure in story
+
+
+def test_rows_are_of_the_presets_as_they_are_now():
+    from experiments import cli
+    from kvjax.config import to_dict
+
+    assert ROWS, "no committed rows"
+    for name, row in ROWS.items():
+        assert row["config"] == to_dict(cli.preset(name)), f"{name} was changed after its run"
+
+
+def test_insert_needs_its_marks():
+    with pytest.raises(ValueError, match="README"):
+        report.insert("no marks", "table")
+    text = f"a\n{report.BEGIN}\nold\n{report.END}\nb"
+    assert report.insert(text, "new") == f"a\n{report.BEGIN}\nnew\n{report.END}\nb"
