@@ -36,7 +36,7 @@ class DecoderConfig:
     tie_embeddings: bool = True
     """Compute logits with the embedding matrix."""
     output_scale: float = 0.0
-    """Initial scale of every sublayer's last projection, 1 for equal variances; at 0 layers start as the identity."""
+    """Initial scale of every sublayer's last projection; 0 starts layers as the identity, 1 keeps variances."""
     dropout: float = 0.0
     """Rate on the embedding and on every sublayer's result."""
     scan: bool = False
@@ -55,7 +55,9 @@ class Block(nnx.Module):
     """One pre-norm layer."""
 
     def __init__(self, config: DecoderConfig, attention: AttentionConfig, key: jax.Array):
-        output_scale = config.output_scale / math.sqrt(2 * config.depth)  # the residual stream sums 2 x depth results
+        output_scale = config.output_scale / math.sqrt(
+            2 * config.depth
+        )  # the residual stream sums 2 x depth results
         self.rate = config.dropout
         self.attention_norm = RMSNorm(config.width)
         self.attention = attention.build(config.width, output_scale, subkey(key, "attention"))
@@ -124,13 +126,11 @@ class Decoder(nnx.Module):
             x_BTD = dropout(x_BTD, self.config.dropout, keys[-1])
         if cache is not None:
             x_BTD, cache = self._cached(x_BTD, positions_BT, cache)
-        elif self.config.scan:
+        elif self.config.scan or self.config.remat:
             x_BTD = self._scanned(x_BTD, positions_BT, keys[:-1])
         else:
-            run = lambda block, x, k: block(x, positions_BT, None, k)[0]
             for block, k in zip(self.layers, keys[:-1]):
-                step = lambda x, k, block=block: run(block, x, k)
-                x_BTD = (jax.checkpoint(step) if self.config.remat else step)(x_BTD, k)
+                x_BTD, _ = block(x_BTD, positions_BT, None, k)
         return self.norm(x_BTD), cache
 
     def _cached(self, x_BTD, positions_BT, cache):
@@ -145,7 +145,14 @@ class Decoder(nnx.Module):
         return x_BTD, dataclasses.replace(cache, memory=tuple(memory))
 
     def _scanned(self, x_BTD, positions_BT, keys):
-        graphdef, stack = nnx.split(self.stack)
+        """As one scanned layer: XLA:CPU undoes the recomputation of unrolled ones."""
+        if self.config.scan:
+            graphdef, stack = nnx.split(self.stack)
+        else:
+            graphdef = nnx.split(self.layers[0])[0]
+            stack = jax.tree.map(
+                lambda *leaves: jnp.stack(leaves), *(nnx.split(block)[1] for block in self.layers)
+            )
 
         def step(x, layer):
             params, key = layer

@@ -47,7 +47,8 @@ class Bar:
         if now - self._start - self._printed >= SECONDS_BETWEEN_LINES:
             self._printed = now - self._start
             since, first = self._measured
-            left = f"{_clock((now - since) / (done - first) * (self._total - done))} left" if done > first else "..."
+            seconds = (now - since) / (done - first) * (self._total - done) if done > first else None
+            left = "..." if seconds is None else f"{_clock(seconds)} left"
             print(f"{self._what} {done}/{self._total}  {left}  {text}".rstrip(), flush=True)
 
     def line(self, text: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -126,9 +127,8 @@ def make_model(attention: AttentionConfig) -> Model:
     empty = lambda batch, max_len, chunk: nnx.merge(graphdef, params).init_cache(
         batch, max_len, Exact(chunk=chunk)
     )
-    return Model(
-        attention, graphdef, params, quick_jit_of(forward), quick_jit_of(step), functools.cache(empty)
-    )
+    params = jax.tree.map(jnp.asarray, params)
+    return Model(attention, graphdef, params, quick_jit_of(forward), quick_jit_of(step), functools.cache(empty))
 
 
 @pytest.fixture(scope="session")

@@ -20,9 +20,7 @@ from kvjax.codecs import Exact
 def empty(slots: int, chunk: int | None = None, batch: int = 1) -> Cache:
     """One layer that stores a number `flat` [B, S, 1] and two heads `k` [B, 2, S, 1] for each token."""
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
-    return caches.empty(
-        ({"flat": shape(batch, slots, 1), "k": shape(batch, 2, slots, 1)},), Exact(chunk=chunk)
-    )
+    return caches.empty(({"flat": shape(batch, slots, 1), "k": shape(batch, 2, slots, 1)},), Exact(chunk=chunk))
 
 
 def entry(*tokens: float, batch: int = 1):
@@ -105,9 +103,7 @@ def test_a_decoder_refuses_before_it_writes(model_of):
 
 @pytest.mark.parametrize(("slots", "nearest"), [(12, "8 or 16"), (3, "8 or 8")])
 def test_slots_must_be_whole_chunks(slots, nearest):
-    with pytest.raises(
-        ValueError, match=rf"max_len={slots} must be a multiple of .*chunk=8; nearest: {nearest}"
-    ):
+    with pytest.raises(ValueError, match=rf"max_len={slots} must be a multiple of .*chunk=8; nearest: {nearest}"):
         empty(slots, chunk=8)
     assert empty(16, chunk=8).layer(0, 0).chunk == 8
 
@@ -140,9 +136,7 @@ def test_a_donated_cache_is_updated_in_place(model, quick_jit):
     cache = jax.tree.map(jnp.copy, model.empty(3, 16, 8))
     tokens, positions = np.zeros((3, 1), np.int32), np.zeros((3, 1), np.int32)
     donated = (
-        quick_jit(model.step.__wrapped__, donate_argnums=3)
-        .lower(model.params, tokens, positions, cache)
-        .compile()
+        quick_jit(model.step.__wrapped__, donate_argnums=3).lower(model.params, tokens, positions, cache).compile()
     )
     assert donated.memory_analysis().alias_size_in_bytes >= nbytes(cache)
     pointers = lambda cache: [a.unsafe_buffer_pointer() for a in jax.tree.leaves(cache.memory)]

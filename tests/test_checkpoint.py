@@ -268,9 +268,7 @@ def test_after_falling_back_saving_goes_on_and_keeps_the_damaged_step_aside(tmp_
             found = checkpoints.restore({"w": jnp.zeros((5, 7))})
             assert found is not None and found[0] == 3 + round_number
             assert {path.name for path in tmp_path.iterdir()} == before
-            checkpoints.save(4, found[1], found[2]) if round_number == 0 else checkpoints.save(
-                6, found[1], {}
-            )
+            checkpoints.save(4, found[1], found[2]) if round_number == 0 else checkpoints.save(6, found[1], {})
         assert aside in {path.name for path in tmp_path.iterdir()}
     found, damaged = restore(tmp_path)
     assert found is not None and (found[0], damaged) == (6, [])

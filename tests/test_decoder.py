@@ -38,9 +38,7 @@ def split(draw_params):
             del weights["unembedding_VD"]
         if config.scan:
             weights = with_stack(weights)
-        graphdef, params = nnx.split(
-            nnx.eval_shape(lambda: Decoder(config, attention, 29, jax.random.key(0)))
-        )
+        graphdef, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, attention, 29, jax.random.key(0))))
         nnx.replace_by_pure_dict(params, weights)
         return graphdef, params
 

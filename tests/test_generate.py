@@ -84,6 +84,13 @@ def test_sampling_follows_the_softmax(gqa):
     assert expected_V.max() < 0.9
 
 
+def test_every_token_is_drawn_anew(gqa):
+    """At this temperature all tokens are alike: one draw for all would repeat a single one."""
+    made = generate(*gqa, PROMPT_BT, 20, 1e6)
+    assert all(len(set(row)) > 8 for row in made.tolist())
+    assert len({tuple(row) for row in made.tolist()}) == len(made)
+
+
 def test_a_low_temperature_is_greedy(gqa):
     np.testing.assert_array_equal(generate(*gqa, PROMPT_BT, 5, 1e-5), generate(*gqa, PROMPT_BT, 5))
 

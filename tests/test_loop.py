@@ -270,7 +270,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(whole, tmp_path, monkeypatch):
         "step 7: loss=nan, grad_norm=nan on batch 6 of seed 3; no update was made, the last checkpoint is kept"
     )
     assert read_metrics(directory / "metrics.jsonl")[-1]["step"] == 7
-    assert load_run(directory).step == 4
+    assert load_run(directory).step == 6
     # The fault is gone: the run goes on as if it had never been.
     loop.run(CONFIG, directory)
     assert_same_run(directory, whole)
@@ -335,6 +335,7 @@ def test_what_was_trained_outlives_any_error(whole, tmp_path, monkeypatch):
         patch.setattr(results, "write_result", fail)
         with pytest.raises(ValueError, match="no"):
             loop.run(CONFIG, tmp_path / "run")
+    assert load_run(tmp_path / "run").step == STEPS
     loop.run(CONFIG, tmp_path / "run")
     assert_same_run(tmp_path / "run", whole)
 

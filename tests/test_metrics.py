@@ -16,9 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def losses(count: int) -> list[float]:
-    return [
-        float(x) for x in np.random.default_rng(0).standard_normal(count) * 10.0 ** np.arange(-20, count - 20)
-    ]
+    return [float(x) for x in np.random.default_rng(0).standard_normal(count) * 10.0 ** np.arange(-20, count - 20)]
 
 
 def test_floats_read_back_bit_for_bit(tmp_path):

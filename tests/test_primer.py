@@ -108,9 +108,7 @@ def test_attention_by_hand():
     # Scores of the second query are 0 and log 3, so it takes 1/4 and 3/4.
     q, k = np.array([[[5.0], [2.0]]]), np.array([[[0.0], [math.log(3)]]])
     v = np.array([[[8.0, 0.0], [4.0, 1.0]]])
-    np.testing.assert_allclose(
-        primer.causal_attention(q, k, v, scale=0.5), [[[8.0, 0.0], [5.0, 0.75]]], **TIGHT
-    )
+    np.testing.assert_allclose(primer.causal_attention(q, k, v, scale=0.5), [[[8.0, 0.0], [5.0, 0.75]]], **TIGHT)
 
 
 def loop_attention(q, k, v, scale, visible):
@@ -120,9 +118,7 @@ def loop_attention(q, k, v, scale, visible):
         kv_head = head // (len(q) // len(k))
         for t in range(q.shape[1]):
             weights = {
-                s: math.exp(scale * float(q[head, t] @ k[kv_head, s]))
-                for s in range(k.shape[1])
-                if visible(t, s)
+                s: math.exp(scale * float(q[head, t] @ k[kv_head, s])) for s in range(k.shape[1]) if visible(t, s)
             }
             for s, weight in weights.items():
                 out[head, t] += weight / sum(weights.values()) * v[kv_head, s]
@@ -485,9 +481,7 @@ def test_classes_keep_shape_and_dtype(name, dtype):
     x = normal(2, 7, 12).astype(dtype)
     out = LAYERS[name](x)
     assert (out.shape, out.dtype) == (x.shape, dtype)
-    np.testing.assert_allclose(
-        out[1], LAYERS[name](x[1]), rtol=0, atol=1e-5 if dtype is np.float32 else 1e-12
-    )
+    np.testing.assert_allclose(out[1], LAYERS[name](x[1]), rtol=0, atol=1e-5 if dtype is np.float32 else 1e-12)
 
 
 def test_classes_draw_from_their_seed():

@@ -19,11 +19,7 @@ def test_json_is_what_another_reader_expects(tmp_path):
     value = {"z": 0.1 + 0.2, "a": [1, None, True, (2, -0.0)], "text": 'ä"\n', "big": 2**80, "empty": {}}
     write_json(tmp_path / "new" / "x.json", value)
     text = (tmp_path / "new" / "x.json").read_text()
-    assert (
-        json.loads(text)
-        == {**value, "a": [1, None, True, [2, -0.0]]}
-        == read_json(tmp_path / "new" / "x.json")
-    )
+    assert json.loads(text) == {**value, "a": [1, None, True, [2, -0.0]]} == read_json(tmp_path / "new" / "x.json")
     assert text.splitlines()[:2] == ["{", '  "z": 0.30000000000000004,'] and text.endswith("}\n")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.json"]
 

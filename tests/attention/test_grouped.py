@@ -20,9 +20,7 @@ GQA = Grouped(6, 2, head_dim=10)
 
 def one_head_after_the_other(module, x_TD, kv_head_of) -> np.ndarray:
     """Sum over query heads in float64, each with the kv head that `kv_head_of` names."""
-    weights = [
-        np.asarray(a[...], np.float64) for a in (module.q_DNH, module.k_DKH, module.v_DKH, module.o_NHD)
-    ]
+    weights = [np.asarray(a[...], np.float64) for a in (module.q_DNH, module.k_DKH, module.v_DKH, module.o_NHD)]
     q_DNH, k_DKH, v_DKH, o_NHD = weights
     turn = lambda heads_TH: primer.rope(heads_TH, np.arange(len(x_TD)), 10_000.0)
     y_TD = np.zeros_like(x_TD)

@@ -58,9 +58,7 @@ def test_a_step_rebuilds_no_head(name, model_of, largest_array):
     """256 slots: latents of 13 are larger than anything else; keys of 6 heads would be 18 a slot."""
     model = model_of(name)
     tokens, positions = np.zeros((2, 3, 1), np.int32)
-    assert (
-        largest_array(model.step, model.params, tokens, positions, model.empty(3, 256, None)) == 3 * 256 * 13
-    )
+    assert largest_array(model.step, model.params, tokens, positions, model.empty(3, 256, None)) == 3 * 256 * 13
 
 
 def test_expanded_reading_starts_where_it_takes_fewer_operations(build, quick_jit):
@@ -77,12 +75,10 @@ def test_expanded_reading_starts_where_it_takes_fewer_operations(build, quick_ji
         return jnp.einsum("BKGTS,BKSV->BKGTV", jnp.einsum("BKGTH,BKSH->BKGTS", q, k), v)
 
     def absorbed(x, positions, memory):
-        return module.mix(
-            module.score(module.absorb(module.project(x, positions)[0]), memory, positions), memory
-        )
+        return module.mix(module.score(module.absorb(module.project(x, positions)[0]), memory, positions), memory)
 
     saved = lambda num_tokens: operations(absorbed, num_tokens) - operations(expanded, num_tokens)
-    assert saved(module.expand_from - 1) < 0 <= saved(module.expand_from + 1)
+    assert saved(module.expand_from - 1) < 0 <= saved(module.expand_from)
 
 
 @pytest.mark.parametrize(

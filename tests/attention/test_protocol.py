@@ -76,9 +76,7 @@ def test_both_forms_of_reading_are_in_use(variant, build):
 @pytest.mark.parametrize("start", [0, 37])
 def test_any_split_into_prefill_and_steps_equals_training(model, chunk, expected, start, error):
     for split in splits(TOKENS) if start == 0 else [(3, 7, 1), (7, 1, 3)]:
-        logits, cache = model.feed(
-            model.empty(BATCH, SLOTS, chunk), tokens_of(), positions_from(start), split
-        )
+        logits, cache = model.feed(model.empty(BATCH, SLOTS, chunk), tokens_of(), positions_from(start), split)
         assert error(logits, expected) < 2e-5, split
         assert int(cache.length) == TOKENS
 
@@ -160,10 +158,7 @@ def test_a_step_in_chunks_makes_no_array_larger_than_what_is_stored(model, large
     cache = model.empty(BATCH, 256, 8)
     stored = max(a.size for a in jax.tree.leaves(cache.memory))
     now = slice(0, 1)
-    assert (
-        largest_array(model.step, model.params, tokens_of()[:, now], positions_from(0)[:, now], cache)
-        == stored
-    )
+    assert largest_array(model.step, model.params, tokens_of()[:, now], positions_from(0)[:, now], cache) == stored
 
 
 # The two algebraic forms
@@ -233,9 +228,7 @@ def test_an_entry_holds_what_the_formula_says(variant, build):
     assert sum(leaf.size for leaf in jax.tree.leaves(entry)) == 2 * 13 * variant.elements_per_token()
 
 
-@pytest.mark.parametrize(
-    ("batch", "slots", "dtype", "itemsize"), [(1, 5, "float32", 4), (3, 17, "bfloat16", 2)]
-)
+@pytest.mark.parametrize(("batch", "slots", "dtype", "itemsize"), [(1, 5, "float32", 4), (3, 17, "bfloat16", 2)])
 def test_a_cache_takes_the_bytes_that_are_declared(model, batch, slots, dtype, itemsize):
     params = jax.tree.map(lambda a: a.astype(dtype), model.params)
     cache = nnx.merge(model.graphdef, params).init_cache(batch, slots, Exact())

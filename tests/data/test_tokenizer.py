@@ -147,9 +147,7 @@ def test_ids_are_those_of_the_library_that_trained(sotu, small_bpe):
 
 
 def test_text_too_small_for_the_vocabulary():
-    with pytest.raises(
-        ValueError, match=r"^data.vocab_size=300 must be at most 259: the text has no more pairs"
-    ):
+    with pytest.raises(ValueError, match=r"^data.vocab_size=300 must be at most 259: the text has no more pairs"):
         BPETokenizer.train([b"ab ab ab"], 300)
 
 
