@@ -8,9 +8,7 @@ same model, batch and precision in PyTorch, in rounds that take turns with ours.
 import contextlib
 import dataclasses
 import math
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from experiments import cli
@@ -29,20 +27,14 @@ def arguments(argv: Sequence[str]) -> tuple[Any, Config]:
     parser.add_argument("--rounds", type=int, default=7, help="rounds (default: 7)")
     parser.add_argument("--round-steps", type=int, default=3, help="steps a round (default: 3)")
     parser.add_argument("--context-sweep", metavar="T,T,...", help="cost per token at these contexts instead")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
-    wants_help = "--help" in argv or "-h" in argv
-    if wants_help and "--config" not in argv:
-        parser.print_help()
-        print("\nWith --config NAME --help: the preset's fields, each an option.")
-        sys.exit(0)
-    options, rest = parser.parse_known_args([a for a in argv if a not in ("--help", "-h")])
+    parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="also write the results here")
+    options, rest = cli.part(parser, argv)
     for name in ("rounds", "round_steps"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}={getattr(options, name)} must be at least 1")
     if options.against and options.context_sweep:
         raise ValueError("--against compares one context; leave out --context-sweep")
     default = cli.preset(options.config)
-    rest = [*rest, "--help"] if wants_help else rest
     description = f"Fields of the preset {options.config}."
     return options, cli.override(default, rest, "python -m experiments.benchmark_train", description)
 

@@ -92,6 +92,17 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     return _Parser(prog=f"python -m {module}", description=description, allow_abbrev=False)
 
 
+def part(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The parser's own options, and the rest, which are fields; without a preset, --help is the parser's."""
+    helps = [a for a in argv if a in ("--help", "-h")]
+    if helps and not any(a.partition("=")[0] == "--config" for a in argv):
+        parser.print_help()
+        print("\nWith --config NAME --help: the preset's fields, each an option.")
+        sys.exit(0)
+    known, rest = parser.parse_known_args([a for a in argv if a not in helps])
+    return known, [*rest, *helps]
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise ValueError(message)

@@ -24,12 +24,7 @@ def arguments(argv: Sequence[str]) -> tuple[Any, Config]:
     parser.add_argument("--root", type=Path, default=Path("runs"), help="directory of all runs (default: runs)")
     parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="also write the result row here")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, FLOPs and memory; train nothing")
-    wants_help = "--help" in argv or "-h" in argv
-    if wants_help and not any(a.partition("=")[0] == "--config" for a in argv):
-        parser.print_help()
-        print("\nWith --config NAME --help: the preset's fields, each an option.")
-        sys.exit(0)
-    known, rest = parser.parse_known_args([a for a in argv if a not in ("--help", "-h")])
+    known, rest = cli.part(parser, argv)
     if known.run is not None:
         from kvjax.runs import load_config
 
@@ -41,7 +36,6 @@ def arguments(argv: Sequence[str]) -> tuple[Any, Config]:
         default = cli.preset(known.config)
         known.directory = known.root / results.run_name(known.config if known.name is None else known.name)
     description = f"Fields of the preset {known.config}." if known.config else ""
-    rest = [*rest, "--help"] if wants_help else rest
     return known, cli.override(default, rest, "python -m experiments.train", description)
 
 

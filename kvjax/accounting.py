@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -48,6 +49,8 @@ def abstract_cache(
     config: Config, vocab_size: int, batch: int, max_len: int, dtype: jnp.dtype, codec: Codec | None = None
 ) -> Cache:
     """The cache that decoding would use, as shapes; `nbytes` of it is its size."""
+    # A scanned model is unrolled before it decodes.
+    config = replace(config, decoder=replace(config.decoder, scan=False))
     graphdef, params = nnx.split(nnx.eval_shape(lambda: config.build(vocab_size)))
     params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), params)
     make = lambda params: nnx.merge(graphdef, params).init_cache(batch, max_len, codec or Exact())

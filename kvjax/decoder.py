@@ -55,9 +55,8 @@ class Block(nnx.Module):
     """One pre-norm layer."""
 
     def __init__(self, config: DecoderConfig, attention: AttentionConfig, key: jax.Array):
-        output_scale = config.output_scale / math.sqrt(
-            2 * config.depth
-        )  # the residual stream sums 2 x depth results
+        # The residual stream sums 2 x depth results.
+        output_scale = config.output_scale / math.sqrt(2 * config.depth)
         self.rate = config.dropout
         self.attention_norm = RMSNorm(config.width)
         self.attention = attention.build(config.width, output_scale, subkey(key, "attention"))
@@ -133,9 +132,12 @@ class Decoder(nnx.Module):
                 x_BTD, _ = block(x_BTD, positions_BT, None, k)
         return self.norm(x_BTD), cache
 
-    def _cached(self, x_BTD, positions_BT, cache):
+    def _require_unrolled(self):
         if self.config.scan:
             raise ValueError("decoder.scan=True cannot decode; use `unscanned` on the model first")
+
+    def _cached(self, x_BTD, positions_BT, cache):
+        self._require_unrolled()
         cache = cache.claim(positions_BT)
         memory = []
         for i, block in enumerate(self.layers):
@@ -150,9 +152,8 @@ class Decoder(nnx.Module):
             graphdef, stack = nnx.split(self.stack)
         else:
             graphdef = nnx.split(self.layers[0])[0]
-            stack = jax.tree.map(
-                lambda *leaves: jnp.stack(leaves), *(nnx.split(block)[1] for block in self.layers)
-            )
+            layers = [nnx.split(block)[1] for block in self.layers]
+            stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
         def step(x, layer):
             params, key = layer
@@ -165,8 +166,7 @@ class Decoder(nnx.Module):
         """An empty cache of `max_len` slots, its shapes derived from what the layers' `project` returns."""
         at_least("batch", batch, 1)
         at_least("max_len", max_len, 1)
-        if self.config.scan:
-            raise ValueError("decoder.scan=True cannot decode; use `unscanned` on the model first")
+        self._require_unrolled()
         x_BTD = jax.ShapeDtypeStruct((batch, max_len, self.config.width), self.embedding_VD[...].dtype)
         positions_BT = jax.ShapeDtypeStruct((batch, max_len), jnp.int32)
         entry = lambda block: jax.eval_shape(lambda x, p: block.attention.project(x, p)[1], x_BTD, positions_BT)

@@ -1,9 +1,7 @@
 """What a run would take: parameters, FLOPs, cache and the compiled step's memory, without any weights."""
 
-import dataclasses
 import time
 from dataclasses import dataclass
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +48,7 @@ def compile_step(config: Config, vocab_size: int, mesh: Mesh) -> tuple[jax.stage
     tokens_BT = jax.ShapeDtypeStruct((config.train.batch_size, config.data.context), jnp.int32)
     tokens_BT = shape(tokens_BT, PartitionSpec(sharding.AXIS))
     started = time.perf_counter()
-    step = cast(jax.stages.Wrapped, make_step(config, vocab_size, mesh))
-    lowered = step.lower(state, {"tokens_BT": tokens_BT, "targets_BT": tokens_BT})
+    lowered = make_step(config, vocab_size, mesh).lower(state, {"tokens_BT": tokens_BT, "targets_BT": tokens_BT})
     traced = time.perf_counter()
     program = lowered.compile()
     compiled = time.perf_counter()
@@ -76,9 +73,7 @@ def report(config: Config) -> list[str]:
     dtype, vocab_size = compute_dtype(train.dtype), vocabulary(config.data)
     parameters = accounting.num_parameters(accounting.abstract_params(config, vocab_size))
     forward, training = (accounting.flops_per_token(config, vocab_size, context, t) for t in (False, True))
-    # A scanned model is unrolled before it decodes.
-    unscanned = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, scan=False))
-    measured = accounting.abstract_cache(unscanned, vocab_size, 1, context, dtype).bytes_per_token()
+    measured = accounting.abstract_cache(config, vocab_size, 1, context, dtype).bytes_per_token()
     declared = accounting.declared_bytes_per_token(config, dtype.itemsize)
     assert measured == declared, f"a cached token takes {measured} bytes, but {declared} are declared"
     _, step = compile_step(config, vocab_size, mesh)

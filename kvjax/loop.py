@@ -132,10 +132,8 @@ class Trainer:
             pending = (i + 1, measured)
             now = time.monotonic()
             if clock is not None:
-                self.seconds, self.timed_tokens = (
-                    self.seconds + now - clock,
-                    self.timed_tokens + self.tokens_per_step,
-                )
+                self.seconds += now - clock
+                self.timed_tokens += self.tokens_per_step
             clock = now
             last = i + 1 == train.steps
             evaluates = last or (i + 1) % train.eval_every == 0
@@ -233,8 +231,7 @@ class Trainer:
 def describe(config: Config, vocab_size: int, dtype) -> list[str]:
     """What a run is, in a few lines."""
     parameters = accounting.num_parameters(accounting.abstract_params(config, vocab_size))
-    unscanned = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, scan=False))
-    cache = accounting.abstract_cache(unscanned, vocab_size, 1, config.data.context, dtype)
+    cache = accounting.abstract_cache(config, vocab_size, 1, config.data.context, dtype)
     fields, train, data = dataclasses.asdict(config.attention), config.train, config.data
     flops = accounting.flops_per_token(config, vocab_size, config.data.context, training=True)
     return [

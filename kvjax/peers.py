@@ -70,7 +70,7 @@ def llama(config: Config, vocab_size: int) -> Any:
             rope_parameters={"rope_type": "default", "rope_theta": attention.rope_theta},
             tie_word_embeddings=config.decoder.tie_embeddings,
             use_cache=False,
-            attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]  # pyrefly: ignore[unexpected-keyword]
+            attn_implementation="sdpa",  # pyrefly: ignore[unexpected-keyword]
         )
     )
 

@@ -14,6 +14,8 @@ from typing import Any, NoReturn, Self
 
 import jax
 
+from kvjax.files import atomic_file
+
 
 def plain(value: Any, name: str) -> Any:
     """`value` as JSON returns it (tuples become lists); ValueError naming a field that JSON cannot hold."""
@@ -39,28 +41,13 @@ def write_json(path: Path, value: Any) -> None:
     """Replaces `path` with `value` as JSON in one step, durably; ValueError as in `plain`."""
     path = Path(path)
     text = json.dumps(plain(value, path.stem), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replaces `path` with `content`: a crash at any moment leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    # The rename itself lasts only once the directory is on disk.
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    with atomic_file(path) as file:
+        file.write(content)
 
 
 def read_json(path: Path) -> Any:

@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import re
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -209,3 +210,16 @@ def error() -> Callable[[Any, Any], float]:
         return float(np.abs(actual - expected).max() / expected.std())
 
     return relative_error
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No host name resolves, and no proxy is set."""
+
+    def unknown(*_, **__):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)

@@ -82,7 +82,8 @@ class LowRankAttention(Attention):
         D, N, H = width, config.num_heads, config.head_dim
         self.config = config
         self.scale = H**-0.5
-        rank_k, rank_v = (list(config.ranks.values()) * 2)[:2]
+        self.key_latent, self.value_latent = (list(config.ranks) * 2)[:2]  # one name twice where it is joint
+        rank_k, rank_v = config.ranks[self.key_latent], config.ranks[self.value_latent]
         self.q_DNH = normal(subkey(key, "q"), (D, N, H), D)
         if config.rank is not None:
             self.down_DR = normal(subkey(key, "down"), (D, rank_k), D)
@@ -111,16 +112,12 @@ class LowRankAttention(Attention):
         }
 
     def _keys(self, memory, positions_BS):
-        latent_BSR = memory["latent" if self.config.rank is not None else "latent_k"]
-        k_BNSH = jnp.einsum("BSR,RNH->BNSH", latent_BSR, self.up_k_RNH[...])
+        k_BNSH = jnp.einsum("BSR,RNH->BNSH", memory[self.key_latent], self.up_k_RNH[...])
         return rotate(k_BNSH, positions_BS, self.config.rope_theta) if self.config.position == "rope" else k_BNSH
-
-    def _value_latent(self, memory):
-        return memory["latent" if self.config.rank is not None else "latent_v"]
 
     def expand(self, queries, memory, positions_BS):
         """Keys (rotated where they turn) and values of every head."""
-        v_BNSH = jnp.einsum("BSR,RNH->BNSH", self._value_latent(memory), self.up_v_RNH[...])
+        v_BNSH = jnp.einsum("BSR,RNH->BNSH", memory[self.value_latent], self.up_v_RNH[...])
         return queries[:, :, None], self._keys(memory, positions_BS), v_BNSH
 
     def merge(self, heads_BNTV):
@@ -137,12 +134,11 @@ class LowRankAttention(Attention):
         """Against rebuilt, rotated keys; against the latents themselves without positions."""
         if self.config.position == "rope":
             return jnp.einsum("BNTH,BNSH->BNTS", queries, self._keys(memory, positions_BS))
-        latent_BSR = memory["latent" if self.config.rank is not None else "latent_k"]
-        return jnp.einsum("BNTR,BSR->BNTS", queries, latent_BSR)
+        return jnp.einsum("BNTR,BSR->BNTS", queries, memory[self.key_latent])
 
     def mix(self, probs_BNTS, memory):
         """Weighted latents: values are rebuilt once, after the sum."""
-        return jnp.einsum("BNTS,BSR->BNTR", probs_BNTS, self._value_latent(memory))
+        return jnp.einsum("BNTS,BSR->BNTR", probs_BNTS, memory[self.value_latent])
 
     def output(self, mixed_BNTM):
         """Heads from weighted latents, then merged."""

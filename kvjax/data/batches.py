@@ -8,10 +8,12 @@ import functools
 
 import numpy as np
 
+from kvjax.checks import at_least
 from kvjax.data.config import DataConfig
-from kvjax.data.store import atomic_file, digest, file_name
+from kvjax.data.store import digest, file_name
 from kvjax.data.text import documents
 from kvjax.data.tokenizer import Tokenizer
+from kvjax.files import atomic_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +140,5 @@ def eval_batches(corpus: Corpus, context: int, batch_size: int) -> list[dict[str
 
 
 def _check(context: int, batch_size: int) -> None:
-    if context < 1:
-        raise ValueError(f"data.context={context} must be at least 1")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    at_least("data.context", context, 1)
+    at_least("batch_size", batch_size, 1)

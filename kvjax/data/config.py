@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Literal, get_args
 
+from kvjax.checks import at_least
+
 TokenizerKind = Literal["bpe", "bytes"]
 
 
@@ -38,8 +40,7 @@ class DataConfig:
             raise ValueError(f"data.tokenizer={self.tokenizer!r} must be one of {kinds}")
         if self.tokenizer == "bpe" and not 258 <= self.vocab_size <= 65536:
             raise ValueError(f"data.vocab_size={self.vocab_size} must lie in 258..65536 for the 'bpe' tokenizer")
-        if self.context < 1:
-            raise ValueError(f"data.context={self.context} must be at least 1")
+        at_least("data.context", self.context, 1)
 
     def folder(self) -> Path:
         """Folder that `data_dir` stands for (it may not exist yet)."""

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from kvjax.data.config import DataConfig
-from kvjax.data.store import atomic_file, digest, file_name, locked
+from kvjax.data.store import digest, file_name, locked
 from kvjax.data.text import documents
+from kvjax.files import atomic_file
 
 END_OF_TEXT = b"<|endoftext|>"
 """How the end-of-text token reads when decoded; text that holds these characters never becomes the token."""

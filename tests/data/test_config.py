@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from kvjax.data import DataConfig
-from kvjax.data.store import atomic_file, digest, file_name
+from kvjax.data.store import digest, file_name
+from kvjax.files import atomic_file
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 import hashlib
 import importlib.util
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -112,17 +111,6 @@ def test_source_file_with_wrong_content_is_refused(tmp_path):
     config = DataConfig("tiny_shakespeare", data_dir=str(tmp_path / "data"), manual_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"data.name='tiny_shakespeare' has a wrong source file: .*86c4e6aa"):
         documents(config, "train")
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    def unknown(*_, **__):
-        raise socket.gaierror(-2, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
 
 
 def test_offline_names_the_file_to_place_at_once(tmp_path, offline):

@@ -1,9 +1,7 @@
 """Whatever is wrong with a command line or a run's files: one line that says so, status 2, nothing written."""
 
 import json
-import os
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
@@ -129,17 +127,6 @@ def test_train(refuse, tmp_path, arguments, words):
     line = refuse(train.run, [*arguments.format(tmp=tmp_path).split(), "--root", tmp_path / "runs"])
     for word in words:
         assert word in line
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    def unknown(*_, **__):
-        raise socket.gaierror(-2, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="module")
