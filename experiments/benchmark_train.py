@@ -16,7 +16,7 @@ from kvjax import host, results
 from kvjax.config import Config, to_dict
 
 PEAK_RUNS = 3
-WARM_UP_STEPS = 2
+WARM_UP_STEPS = 6
 
 
 def arguments(argv: Sequence[str]) -> tuple[Any, Config]:

@@ -4,6 +4,7 @@ B batch, T tokens, M = B * T, D width, F mlp width, E = 2 F, H features of a hea
 Modules compute in the dtype of their parameters; norms and rotations pass through float32.
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Sequence
@@ -52,12 +53,28 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float, interleaved: bool =
     )
     missing = x.ndim - angles.ndim
     angles = angles.reshape(angles.shape[:-2] + (1,) * missing + angles.shape[-2:])
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    y = x.astype(jnp.float32)
-    a, b = (y[..., ::2], y[..., 1::2]) if interleaved else (y[..., :half], y[..., half:])
+    return _turn(x.astype(jnp.float32), jnp.cos(angles), jnp.sin(angles), interleaved).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _turn(x, cos, sin, interleaved):
+    half = x.shape[-1] // 2
+    a, b = (x[..., ::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
     pair = (a * cos - b * sin, b * cos + a * sin)
-    y = jnp.stack(pair, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(pair, axis=-1)
-    return y.astype(x.dtype)
+    return jnp.stack(pair, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(pair, axis=-1)
+
+
+def _turn_forward(x, cos, sin, interleaved):
+    return _turn(x, cos, sin, interleaved), (cos, sin)
+
+
+def _turn_backward(interleaved, angles, g):
+    # A rotation's transpose turns back; differentiating the slices would write padded copies.
+    cos, sin = angles
+    return _turn(g, cos, -sin, interleaved), None, None
+
+
+_turn.defvjp(_turn_forward, _turn_backward)
 
 
 class MLP(nnx.Module):
