@@ -128,8 +128,9 @@ def sweep(config: Config, contexts: list[int], rounds: int, steps: int) -> dict[
     # One number of devices for all contexts: what divides every batch.
     host.prepare(math.gcd(*benchmark.batch_sizes(config, contexts)))
     print("context  batch  step us/token  attention us/token (all layers, forward and backward)  per slot ns")
-    costs = benchmark.context_costs(config, contexts, rounds, steps)
-    for cost in costs:
+    costs = []
+    for cost in benchmark.context_costs(config, contexts, rounds, steps):
+        costs.append(cost)
         attention = cost.attention.median
         print(
             f"{cost.context:7}  {cost.batch_size:5}  {cost.step.median * 1e6:13.1f}  {attention * 1e6:18.2f}  "

@@ -1,20 +1,20 @@
-"""Markdown tables of the README from committed rows: `python -m experiments.report [--collect runs]`.
+"""Tables of the README from committed rows: `python -m experiments.report [--collect runs]`.
 
 `--collect DIR` first copies the result of every preset that was run in DIR to the committed rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments import cli
 from kvjax import results
 
-ROWS = Path("notebooks/results/presets")
-BEGIN, END = "<!-- presets: written by experiments.report -->", "<!-- end of presets -->"
+ROWS = Path("notebooks/results")
+Rows = dict[str, dict[str, Any]]
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
+def presets(rows: Rows) -> str:
     """One line a preset, most cache bytes first."""
     lines = [
         "| preset | parameters | cache bytes/token | validation perplexity | bits/byte | tokens/s | minutes |",
@@ -30,18 +30,60 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def insert(text: str, content: str) -> str:
-    """The README with `content` between its marks."""
-    before, mark, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (mark and end):
-        raise ValueError(f"README.md must have the lines {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+def training_speed(rows: Rows) -> str:
+    """One line a benchmark against PyTorch."""
+    lines = [
+        "| preset at this size | kvjax tokens/s | PyTorch tokens/s | ratio | share of matmul peak "
+        "| compile s | peak resident MiB, kvjax / PyTorch |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in rows.items():
+        ours, peer = row["tokens_per_second"], row["torch"]
+        spread = lambda s: f"{s['median']:,.0f} ({s['min']:,.0f} to {s['max']:,.0f})"
+        lines.append(
+            f"| `{name}` | {spread(ours)} | {spread(peer)} | {row['ratio_to_torch']:.2f} "
+            f"| {row['share_of_matmul_peak']:.0%} | {row['compile_seconds']:.1f} "
+            f"| {row['peak_resident_bytes'] / 2**20:,.0f} / {peer['peak_resident_bytes'] / 2**20:,.0f} |"
+        )
+    return "\n".join(lines)
 
 
-def read_rows(folder: Path = ROWS) -> dict[str, dict[str, Any]]:
-    """The committed rows, by preset."""
-    return {path.stem: results.read_json(path) for path in sorted(folder.glob("*.json"))}
+def training_contexts(rows: Rows) -> str:
+    """One line a context."""
+    lines = [
+        "| context | batch | step µs/token | attention µs/token | attention ns/token per slot of context |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows.values():
+        for cost in row["contexts"]:
+            attention = cost["attention"]["median"]
+            lines.append(
+                f"| {cost['context']:,} | {cost['batch_size']} | {cost['step']['median'] * 1e6:.0f} "
+                f"| {attention * 1e6:.1f} | {attention * 1e9 / cost['context']:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[Rows], str]] = {
+    "presets": presets,
+    "training_speed": training_speed,
+    "training_contexts": training_contexts,
+}
+
+
+def insert(text: str, name: str, content: str) -> str:
+    """The README with `content` between the marks of table `name`."""
+    begin, end = f"<!-- {name}: written by experiments.report -->", f"<!-- end of {name} -->"
+    before, mark, rest = text.partition(begin)
+    _, closing, after = rest.partition(end)
+    if not (mark and closing):
+        raise ValueError(f"README.md must have the lines {begin!r} and {end!r}")
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
+def read_rows(name: str, root: Path = Path()) -> Rows:
+    """The committed rows of table `name`, by file."""
+    return {path.stem: results.read_json(path) for path in sorted((root / ROWS / name).glob("*.json"))}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -52,9 +94,12 @@ def run(argv: Sequence[str]) -> int:
     if options.collect is not None:
         for row in results.read_results(options.collect):
             if row["run"] in cli.presets():
-                results.write_json(ROWS / f"{row['run']}.json", row)
+                results.write_json(ROWS / "presets" / f"{row['run']}.json", row)
     readme = Path("README.md")
-    results.write_bytes(readme, insert(readme.read_text(), table(read_rows())).encode())
+    text = readme.read_text()
+    for name, table in TABLES.items():
+        text = insert(text, name, table(read_rows(name)))
+    results.write_bytes(readme, text.encode())
     print(f"wrote the tables of {readme}")
     return 0
 

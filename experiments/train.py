@@ -21,20 +21,23 @@ def arguments(argv: Sequence[str]) -> tuple[Any, Config]:
     source.add_argument("--config", metavar="NAME", help=f"preset: {', '.join(cli.presets())}")
     source.add_argument("--run", metavar="DIR", type=Path, help="go on with, or repeat, the run in this directory")
     parser.add_argument("--name", help="name of the run below --root (default: the preset's)")
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="directory of all runs (default: runs)")
+    parser.add_argument("--root", type=Path, help="directory of all runs (default: runs)")
     parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="also write the result row here")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, FLOPs and memory; train nothing")
     known, rest = cli.part(parser, argv)
     if known.run is not None:
         from kvjax.runs import load_config
 
-        if known.name is not None:
-            raise ValueError("--name goes with --config; --run names its directory")
+        for option in ("name", "root"):
+            if getattr(known, option) is not None:
+                raise ValueError(f"--{option} goes with --config; --run names its directory")
         default = load_config(known.run)
         known.directory = known.run
     else:
         default = cli.preset(known.config)
-        known.directory = known.root / results.run_name(known.config if known.name is None else known.name)
+        known.directory = (known.root or Path("runs")) / results.run_name(
+            known.config if known.name is None else known.name
+        )
     description = f"Fields of the preset {known.config}." if known.config else ""
     return known, cli.override(default, rest, "python -m experiments.train", description)
 

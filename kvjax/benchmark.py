@@ -7,7 +7,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -102,13 +102,12 @@ class ContextCost:
     attention: Spread
 
 
-def context_costs(config: Config, contexts: Sequence[int], rounds: int, steps: int) -> list[ContextCost]:
-    """Costs at every context, with the tokens of a step fixed at those of `config`.
+def context_costs(config: Config, contexts: Sequence[int], rounds: int, steps: int) -> Iterator[ContextCost]:
+    """Costs at every context, one after the other, with the tokens of a step fixed at those of `config`.
 
     ValueError where the tokens are no multiple of a context.
     """
     tokens = config.train.batch_size * config.data.context
-    costs = []
     for batch_size, context in zip(batch_sizes(config, contexts), contexts):
         resized = replace(
             config,
@@ -122,8 +121,7 @@ def context_costs(config: Config, contexts: Sequence[int], rounds: int, steps: i
         }
         alternate(sides, 1)
         spreads = {name: Spread.of(values) for name, values in alternate(sides, rounds).items()}
-        costs.append(ContextCost(context, batch_size, **spreads))
-    return costs
+        yield ContextCost(context, batch_size, **spreads)
 
 
 def batch_sizes(config: Config, contexts: Sequence[int]) -> list[int]:

@@ -37,8 +37,11 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp of the nats per token; compares only models with one tokenizer."""
-        return math.exp(self.nats_per_token)
+        """exp of the nats per token (inf past float64's range); compares only models with one tokenizer."""
+        try:
+            return math.exp(self.nats_per_token)
+        except OverflowError:
+            return math.inf
 
     @property
     def perplexity_se(self) -> float:
@@ -56,12 +59,11 @@ class Score:
         return _ratio_se(self.nats, self.num_bytes) / math.log(2)
 
     def row(self) -> dict[str, float | int | None]:
-        """The figures of a result row; a standard error of one document is null."""
-        errors = {"perplexity_se": self.perplexity_se, "bits_per_byte_se": self.bits_per_byte_se}
+        """The figures of a result row; one that is no number, as the standard error of one document, is null."""
+        names = ("perplexity", "bits_per_byte", "perplexity_se", "bits_per_byte_se")
+        figures = {name: getattr(self, name) for name in names}
         return {
-            "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
-            **{name: None if math.isnan(value) else value for name, value in errors.items()},
+            **{name: value if math.isfinite(value) else None for name, value in figures.items()},
             "documents": len(self.nats),
             "tokens": int(self.tokens.sum()),
             "bytes": int(self.num_bytes.sum()),

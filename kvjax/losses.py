@@ -11,16 +11,20 @@ CHUNK = 512  # tokens whose float32 logits are held at a time
 
 
 def _chunks(x_BTD, targets_BT):
+    """Tokens in equal chunks, the last one filled up with targets of -1, which count nothing."""
     x_ND, targets_N = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1)
-    chunk = CHUNK if targets_N.size % CHUNK == 0 else targets_N.size
+    chunk = min(CHUNK, targets_N.size)
+    missing = -targets_N.size % chunk
+    x_ND = jnp.pad(x_ND, ((0, missing), (0, 0)))
+    targets_N = jnp.pad(targets_N, (0, missing), constant_values=-1)
     return x_ND.reshape(-1, chunk, x_ND.shape[-1]), targets_N.reshape(-1, chunk)
 
 
 def _chunk_loss(x_CD, w_VD, targets_C):
     logits_CV = jnp.einsum("CD,VD->CV", x_CD, w_VD, preferred_element_type=jnp.float32)
     lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
-    right_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
-    return logits_CV, lse_C, (lse_C - right_C).sum()
+    right_C = jnp.take_along_axis(logits_CV, jnp.maximum(targets_C, 0)[:, None], axis=-1)[:, 0]
+    return logits_CV, lse_C, jnp.where(targets_C >= 0, lse_C - right_C, 0.0).sum()
 
 
 @jax.custom_vjp
@@ -40,15 +44,16 @@ def _forward(x_BTD, w_VD, targets_BT):
         x_CD, targets_C = chunk
         logits_CV, lse_C, loss = _chunk_loss(x_CD, w_VD, targets_C)
         hit_CV = targets_C[:, None] == jnp.arange(w_VD.shape[0])[None]
-        dlogits_CV = ((jnp.exp(logits_CV - lse_C[:, None]) - hit_CV.astype(jnp.float32)) / targets_BT.size).astype(
-            x_CD.dtype
-        )
+        share_C1 = jnp.where(targets_C >= 0, 1.0 / targets_BT.size, 0.0)[:, None]
+        dlogits_CV = (jnp.exp(logits_CV - lse_C[:, None]) - hit_CV.astype(jnp.float32)) * share_C1
+        dlogits_CV = dlogits_CV.astype(x_CD.dtype)
         dx_CD = jnp.einsum("CV,VD->CD", dlogits_CV, w_VD)
         dw_VD += jnp.einsum("CV,CD->VD", dlogits_CV, x_CD, preferred_element_type=jnp.float32)
         return dw_VD, (loss, dx_CD)
 
     dw_VD, (losses, dxs) = lax.scan(chunk, jnp.zeros(w_VD.shape), _chunks(x_BTD, targets_BT))
-    return losses.sum() / targets_BT.size, (dxs.reshape(x_BTD.shape), dw_VD.astype(w_VD.dtype))
+    dx_BTD = dxs.reshape(-1, x_BTD.shape[-1])[: targets_BT.size].reshape(x_BTD.shape)
+    return losses.sum() / targets_BT.size, (dx_BTD, dw_VD.astype(w_VD.dtype))
 
 
 def _backward(residuals, g):

@@ -101,6 +101,12 @@ def test_a_decoder_refuses_before_it_writes(model_of):
     assert model.forward(model.params, tokens, positions).shape == (3, 11, 29)
 
 
+@pytest.mark.parametrize("chunk", [0, -8])
+def test_a_chunk_has_slots(chunk):
+    with pytest.raises(ValueError, match=rf"chunk={chunk} must be at least 1"):
+        Exact(chunk=chunk)
+
+
 @pytest.mark.parametrize(("slots", "nearest"), [(12, "8 or 16"), (3, "8 or 8")])
 def test_slots_must_be_whole_chunks(slots, nearest):
     with pytest.raises(ValueError, match=rf"max_len={slots} must be a multiple of .*chunk=8; nearest: {nearest}"):

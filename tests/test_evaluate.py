@@ -197,3 +197,11 @@ def test_one_document_has_no_standard_error():
     assert math.isnan(one.perplexity_se) and math.isnan(one.bits_per_byte_se)
     assert one.row()["perplexity_se"] is None and one.row()["bits_per_byte_se"] is None
     assert one.row()["perplexity"] == pytest.approx(math.exp(1.5))
+
+
+def test_a_perplexity_past_float64_is_infinite_and_null_in_a_row():
+    hopeless = Score(np.array([800.0, 900.0]), np.array([1, 1]), np.array([5, 5]))
+    assert hopeless.perplexity == np.inf
+    row = hopeless.row()
+    assert row["perplexity"] is None and row["perplexity_se"] is None
+    assert row["bits_per_byte"] == pytest.approx(1700 / 10 / np.log(2))

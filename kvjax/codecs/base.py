@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import jax
 
+from kvjax.checks import at_least
+
 Entry = dict[str, jax.Array]
 
 
@@ -17,6 +19,10 @@ class Codec(abc.ABC):
 
     chunk: int | None = None
     """Slots decoded at a time when few queries read the cache; None reads it whole."""
+
+    def __post_init__(self):
+        if self.chunk is not None:
+            at_least("chunk", self.chunk, 1)
 
     @abc.abstractmethod
     def encode(self, entry: Entry) -> Entry:

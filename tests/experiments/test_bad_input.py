@@ -117,6 +117,7 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
         ("--config tiny --name .hidden", ["name='.hidden' must not start with '.'", "try 'hidden'"]),
         ("--config tiny --name=", ["name='' must not be empty"]),
         ("--run {tmp} --name x", ["--name goes with --config"]),
+        ("--run {tmp} --root x", ["--root goes with --config"]),
         ("--run {tmp}/missing", ["missing' must be the directory of a run: it has no config.json"]),
         ("--run {tmp}", ["must be the directory of a run: it has no config.json"]),
         ("--config tiny --json {tmp}", ["--json", "must be a file's name, not a directory's"]),

@@ -6,12 +6,14 @@ import pytest
 from experiments import report
 
 ROOT = Path(__file__).parents[2]
-ROWS = report.read_rows(ROOT / report.ROWS)
+ROWS = report.read_rows("presets", ROOT)
 
 
-def test_readme_shows_the_committed_rows():
-    text = (ROOT / "README.md").read_text()
-    assert report.insert(text, report.table(ROWS)) == text, "run python -m experiments.report"
+@pytest.mark.parametrize("name", report.TABLES)
+def test_readme_shows_the_committed_rows(name):
+    text, rows = (ROOT / "README.md").read_text(), report.read_rows(name, ROOT)
+    assert rows, "no committed rows"
+    assert report.insert(text, name, report.TABLES[name](rows)) == text, "run python -m experiments.report"
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -30,13 +32,13 @@ def test_rows_are_of_the_presets_as_they_are_now():
     from experiments import cli
     from kvjax.config import to_dict
 
-    assert ROWS, "no committed rows"
     for name, row in ROWS.items():
         assert row["config"] == to_dict(cli.preset(name)), f"{name} was changed after its run"
 
 
 def test_insert_needs_its_marks():
     with pytest.raises(ValueError, match="README"):
-        report.insert("no marks", "table")
-    text = f"a\n{report.BEGIN}\nold\n{report.END}\nb"
-    assert report.insert(text, "new") == f"a\n{report.BEGIN}\nnew\n{report.END}\nb"
+        report.insert("no marks", "presets", "table")
+    marks = "<!-- presets: written by experiments.report -->", "<!-- end of presets -->"
+    text = f"a\n{marks[0]}\nold\n{marks[1]}\nb"
+    assert report.insert(text, "presets", "new") == text.replace("old", "new")
