@@ -138,6 +138,8 @@ def _make(kind, values, path):
             raise ValueError(f"{at}{name} is unknown; did you mean {near[0]}?")
     fields = {}
     for name, hint in hints.items():
+        if name not in values and getattr(kind, name, False) is None:
+            continue  # options that came later are None where a configuration does not know them
         if name not in values:
             raise ValueError(f"{at}{name} is missing")
         fields[name] = _make(hint, values[name], at + name) if dataclasses.is_dataclass(hint) else values[name]

@@ -15,7 +15,7 @@ from jax import lax
 
 from kvjax import cache as caches
 from kvjax.attention.base import AttentionConfig
-from kvjax.cache import Cache, LayerCache
+from kvjax.cache import Cache, LayerCache, Ring
 from kvjax.checks import at_least, between
 from kvjax.codecs.base import Codec
 from kvjax.layers import MLP, RMSNorm, dropout, normal, subkey
@@ -138,13 +138,12 @@ class Decoder(nnx.Module):
 
     def _cached(self, x_BTD, positions_BT, cache):
         self._require_unrolled()
-        cache = cache.claim(positions_BT)
-        memory = []
+        claim, layers = cache.claim(positions_BT), []
         for i, block in enumerate(self.layers):
-            x_BTD, layer = block(x_BTD, positions_BT, cache.layer(i, x_BTD.shape[1]))
+            x_BTD, layer = block(x_BTD, positions_BT, claim.layer(i))
             assert isinstance(layer, LayerCache)
-            memory.append(layer.memory)
-        return x_BTD, dataclasses.replace(cache, memory=tuple(memory))
+            layers.append(layer)
+        return x_BTD, claim.written(layers)
 
     def _scanned(self, x_BTD, positions_BT, keys):
         """As one scanned layer: XLA:CPU undoes the recomputation of unrolled ones."""
@@ -163,14 +162,21 @@ class Decoder(nnx.Module):
         return lax.scan(jax.checkpoint(step) if self.config.remat else step, x_BTD, (stack, stacked_keys))[0]
 
     def init_cache(self, batch: int, max_len: int, codec: Codec) -> Cache:
-        """An empty cache of `max_len` slots, its shapes derived from what the layers' `project` returns."""
+        """An empty cache of `max_len` slots, its shapes derived from what the layers' `project` returns.
+
+        With windowed attention, a ring of no more slots than the window and its sinks take.
+        """
         at_least("batch", batch, 1)
         at_least("max_len", max_len, 1)
         self._require_unrolled()
+        ring, (window, num_sinks) = None, self.attention.band
+        if window is not None and window + num_sinks <= max_len:
+            ring = Ring(window, num_sinks)
+            max_len = ring.num_slots
         x_BTD = jax.ShapeDtypeStruct((batch, max_len, self.config.width), self.embedding_VD[...].dtype)
         positions_BT = jax.ShapeDtypeStruct((batch, max_len), jnp.int32)
         entry = lambda block: jax.eval_shape(lambda x, p: block.attention.project(x, p)[1], x_BTD, positions_BT)
-        return caches.empty(tuple(entry(block) for block in self.layers), codec)
+        return caches.empty(tuple(entry(block) for block in self.layers), codec, ring)
 
 
 def _stacked(config, attention, keys):

@@ -25,6 +25,7 @@ from kvjax.generate import generate
 from kvjax.metrics import MetricsWriter
 from kvjax.progress import Bar
 from kvjax.runs import CHECKPOINTS, CONFIG, TOKENIZER, check_same_config, check_same_origin
+from kvjax.sampling import Sampling
 from kvjax.train import cast, compute_dtype, graphdef_of, init_state, make_step
 
 SAMPLE_TEMPERATURE = 0.8
@@ -193,11 +194,11 @@ class Trainer:
         results.write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
 
     def _sample(self, params) -> str:
-        prompt_BT = self.validation.ids[None, :SAMPLE_PROMPT]
+        prompt_T = self.validation.ids[:SAMPLE_PROMPT]
         graphdef, params = decodable(self.graphdef, params)
         count = self.config.train.sample_tokens
-        ids_BT = generate(graphdef, params, prompt_BT, count, SAMPLE_TEMPERATURE, self.config.seed)
-        return self.tokenizer.decode([*prompt_BT[0, 1:], *ids_BT[0]])
+        made = generate(graphdef, params, [prompt_T], count, Sampling(SAMPLE_TEMPERATURE), self.config.seed)
+        return self.tokenizer.decode([*prompt_T[1:], *made.tokens[0]])
 
     def _describe(self):
         for line in describe(self.config, self.vocab_size, self.dtype):

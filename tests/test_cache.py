@@ -3,7 +3,6 @@
 B batch, T tokens, S slots.
 """
 
-import dataclasses
 import re
 
 import jax
@@ -30,9 +29,9 @@ def entry(*tokens: float, batch: int = 1):
 
 
 def write(cache: Cache, positions_BT, *tokens: float) -> Cache:
-    cache = cache.claim(jnp.asarray(positions_BT, jnp.int32))
-    layer = cache.layer(0, len(tokens)).write(entry(*tokens, batch=cache.positions_BS.shape[0]))
-    return dataclasses.replace(cache, memory=(layer.memory,))
+    claim = cache.claim(jnp.asarray(positions_BT, jnp.int32))
+    layer = claim.layer(0).write(entry(*tokens, batch=cache.positions_BS.shape[0]))
+    return claim.written([layer])
 
 
 def test_an_empty_cache():
@@ -61,7 +60,7 @@ def test_rows_share_slots_and_differ_in_positions():
 
 def test_reading_a_part():
     cache = write(empty(7), [[0, 1, 2, 3, 4]], 1, 2, 3, 4, 5)
-    layer = cache.layer(0, 0)
+    layer = cache.claim(jnp.zeros((1, 0), jnp.int32)).layer(0)
     assert layer.read(2, 3)["flat"][0, :, 0].tolist() == [3, 4, 5]
     assert layer.read()["k"].shape == (1, 2, 7, 1)
     np.testing.assert_allclose(layer.read(jnp.int32(1), 2)["k"][0, 1, :, 0], [2.1, 3.1], rtol=1e-6)
@@ -89,7 +88,7 @@ def test_a_full_cache_refuses(used, more, fit):
 
 def test_too_many_tokens_are_refused_while_tracing():
     with pytest.raises(ValueError, match="num_tokens=6 do not fit"):
-        jax.jit(lambda cache: cache.claim(jnp.zeros((1, 6), jnp.int32)))(empty(5))
+        jax.jit(lambda cache: cache.claim(jnp.zeros((1, 6), jnp.int32)).cache)(empty(5))
 
 
 def test_a_decoder_refuses_before_it_writes(model_of):
@@ -111,7 +110,7 @@ def test_a_chunk_has_slots(chunk):
 def test_slots_must_be_whole_chunks(slots, nearest):
     with pytest.raises(ValueError, match=rf"max_len={slots} must be a multiple of .*chunk=8; nearest: {nearest}"):
         empty(slots, chunk=8)
-    assert empty(16, chunk=8).layer(0, 0).chunk == 8
+    assert empty(16, chunk=8).claim(jnp.zeros((1, 0), jnp.int32)).layer(0).chunk == 8
 
 
 def test_nbytes_counts_arrays_and_shapes():

@@ -8,18 +8,24 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kvjax import generate as module
 from kvjax.attention.grouped import Grouped
 from kvjax.attention.latent import Latent
 from kvjax.attention.low_rank import LowRank
+from kvjax.cache import nbytes
 from kvjax.codecs import Codec, Exact
 from kvjax.decoder import Decoder, DecoderConfig, decodable
-from kvjax.generate import generate
+from kvjax.generate import Session, generate, padded, pieces
+from kvjax.sampling import Sampling
 
 VOCAB = 29
-PROMPT_BT = np.random.default_rng(0).integers(0, VOCAB, (3, 5)).astype(np.int32)
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(0, VOCAB, n).astype(np.int32) for n in (5, 1, 19)]
 VARIANTS = {
     "grouped": Grouped(6, 2, head_dim=10),
+    "windowed": Grouped(6, 2, head_dim=10, window=7, num_sinks=3),
     "low_rank": LowRank(6, head_dim=4, rank=11),
+    "no_position": LowRank(6, head_dim=4, rank=None, rank_k=7, rank_v=11, position="none"),
     "mla": Latent(6, rank=13, rope_dim=4, nope_dim=3, value_dim=5),
 }
 
@@ -36,63 +42,109 @@ def gqa():
     return model_of(VARIANTS["grouped"])
 
 
+def forward_of(graphdef, params):
+    """float64 logits `TV` of one sequence without a cache, padded to one length: what follows does not reach back."""
+    run = jax.jit(lambda params, tokens_BT: nnx.merge(graphdef, params)(tokens_BT)[0])
+
+    def logits(tokens):
+        padded_BT = np.zeros((1, 40), np.int32)
+        padded_BT[0, : len(tokens)] = tokens
+        return np.asarray(run(params, padded_BT), np.float64)[0, : len(tokens)]
+
+    return logits
+
+
 @pytest.mark.parametrize("name", VARIANTS)
-def test_greedy_is_the_argmax_of_forward_passes_without_a_cache(name):
+def test_ragged_rows_are_the_argmax_of_forward_passes_without_a_cache(name):
     graphdef, params = model_of(VARIANTS[name])
-    # Padded to one length: what comes after a token does not reach it.
-    forward = jax.jit(lambda params, tokens_BT: nnx.merge(graphdef, params)(tokens_BT)[0])
-    tokens_BT = np.zeros((3, 14), np.int32)
-    tokens_BT[:, :5] = PROMPT_BT
-    for t in range(5, 14):
-        tokens_BT[:, t] = np.asarray(forward(params, tokens_BT))[:, t - 1].argmax(-1)
-    made = generate(graphdef, params, PROMPT_BT, 9)
-    assert made.dtype == np.int32
-    np.testing.assert_array_equal(made, tokens_BT[:, 5:])
-    assert len(set(made.ravel().tolist())) > 3
+    logits, made = forward_of(graphdef, params), generate(graphdef, params, PROMPTS, 9, logprobs=True)
+    seen = set()
+    for prompt, row, logprobs in zip(PROMPTS, made.tokens, made.logprobs):
+        tokens = list(prompt)
+        for token, logprob in zip(row, logprobs):
+            logits_V = logits(tokens)[-1]
+            assert token == logits_V.argmax()
+            assert logprob == pytest.approx(logits_V.max() - np.log(np.exp(logits_V).sum()), abs=2e-4)
+            tokens.append(token)
+        seen |= set(row.tolist())
+    assert [row.dtype for row in made.tokens] == [np.int32] * 3 and len(seen) > 3
 
 
-def test_one_token_needs_no_loop(gqa):
-    np.testing.assert_array_equal(generate(*gqa, PROMPT_BT, 1), generate(*gqa, PROMPT_BT, 3)[:, :1])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.7), Sampling(1.3, top_k=11, top_p=0.9, min_p=0.02)])
+def test_every_row_is_the_same_prompt_alone(gqa, sampling):
+    together = generate(*gqa, PROMPTS, 12, sampling, seeds=[5, 9, 2])
+    for prompt, seed, row in zip(PROMPTS, [5, 9, 2], together.tokens):
+        np.testing.assert_array_equal(generate(*gqa, [prompt], 12, sampling, seeds=[seed]).tokens[0], row)
+
+
+def test_turns_and_parts_are_one_sequence(gqa):
+    """Fed in two turns and made in parts of 4, as fed at once and made at once."""
+    at_once = generate(*gqa, [PROMPTS[2]], 11, Sampling(1.5), seeds=3).tokens[0]
+    session = Session(*gqa, batch=1, max_len=64)
+    session.feed([PROMPTS[2][:3]])
+    session.feed([PROMPTS[2][3:]])
+    parts = [part.tokens[0] for part in session.stream(11, Sampling(1.5), seeds=3, every=4)]
+    assert [len(part) for part in parts] == [4, 4, 3]
+    np.testing.assert_array_equal(np.concatenate(parts), at_once)
+
+
+def test_a_stop_token_ends_its_row_alone(gqa):
+    free = generate(*gqa, PROMPTS, 12, Sampling(2.0)).tokens
+    stop = int(free[0][4])
+    ends = [int(np.append(np.flatnonzero(row == stop), 11)[0]) + 1 for row in free]
+    assert len(set(ends)) > 1
+    made = generate(*gqa, PROMPTS, 12, Sampling(2.0), stop=[stop, VOCAB - 1 if stop != VOCAB - 1 else 0])
+    other = VOCAB - 1 if stop != VOCAB - 1 else 0
+    for row, whole in zip(made.tokens, free):
+        hits = np.flatnonzero((whole == stop) | (whole == other))
+        np.testing.assert_array_equal(row, whole[: hits[0] + 1] if len(hits) else whole)
+
+
+def test_the_loop_ends_when_every_row_has(gqa):
+    free = generate(*gqa, PROMPTS, 12).tokens
+    session = Session(*gqa, batch=3, max_len=64)
+    session.feed(PROMPTS)
+    length = int(session.cache.length)
+    made = session.generate(12, stop=[int(row[2]) for row in free])
+    most = max(len(row) for row in made.tokens)
+    assert most < 12 and int(session.cache.length) == length + most
+
+
+def test_a_row_that_ended_is_padding(gqa):
+    """Its positions stand still, and a later turn goes on as if it had never waited."""
+    free = generate(*gqa, PROMPTS[:2], 8).tokens
+    stop = next(int(token) for token in free[0] if token not in free[1])
+    session = Session(*gqa, batch=2, max_len=96)
+    session.feed(PROMPTS[:2])
+    made = session.generate(8, stop=[stop])
+    assert len(made.tokens[0]) < 8 == len(made.tokens[1])
+    session.feed([PROMPTS[2], PROMPTS[2]])
+    after = session.generate(6)
+    for prompt, row, rest in zip(PROMPTS, made.tokens, after.tokens):
+        alone = generate(*gqa, [np.concatenate([prompt, row, PROMPTS[2]])], 6).tokens[0]
+        np.testing.assert_array_equal(rest, alone)
 
 
 def test_a_scanned_model_generates_once_unrolled(gqa):
     graphdef, params = model_of(VARIANTS["grouped"], scan=True)
     with pytest.raises(ValueError, match=r"decoder\.scan=True cannot decode"):
-        generate(graphdef, params, PROMPT_BT, 3)
-    np.testing.assert_array_equal(
-        generate(*decodable(graphdef, params), PROMPT_BT, 3), generate(*gqa, PROMPT_BT, 3)
-    )
+        generate(graphdef, params, PROMPTS, 3)
+    for a, b in zip(generate(*decodable(graphdef, params), PROMPTS, 3).tokens, generate(*gqa, PROMPTS, 3).tokens):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_sampling_is_a_function_of_the_seed(gqa):
-    first, again, other = (generate(*gqa, PROMPT_BT, 11, 1.5, seed) for seed in (0, 0, 1))
+    first, again, other = (np.stack(generate(*gqa, PROMPTS, 11, Sampling(1.5), s).tokens) for s in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
     assert first.min() >= 0 and first.max() < VOCAB
 
 
-def test_sampling_follows_the_softmax(gqa):
-    """Frequencies of 4,000 first tokens against the probabilities at temperature 2."""
-    graphdef, params = gqa
-    logits_V = np.asarray(nnx.merge(graphdef, params)(PROMPT_BT[:1])[0], np.float64)[0, -1] / 2.0
-    expected_V = np.exp(logits_V - logits_V.max())
-    expected_V /= expected_V.sum()
-    made = generate(graphdef, params, PROMPT_BT[:1].repeat(4000, 0), 1, 2.0, 7)
-    found_V = np.bincount(made[:, 0], minlength=VOCAB) / 4000
-    error_V = 5 * np.sqrt(expected_V * (1 - expected_V) / 4000) + 1e-3
-    assert (np.abs(found_V - expected_V) < error_V).all()
-    assert expected_V.max() < 0.9
-
-
 def test_every_token_is_drawn_anew(gqa):
     """At this temperature all tokens are alike: one draw for all would repeat a single one."""
-    made = generate(*gqa, PROMPT_BT, 20, 1e6)
-    assert all(len(set(row)) > 8 for row in made.tolist())
-    assert len({tuple(row) for row in made.tolist()}) == len(made)
-
-
-def test_a_low_temperature_is_greedy(gqa):
-    np.testing.assert_array_equal(generate(*gqa, PROMPT_BT, 5, 1e-5), generate(*gqa, PROMPT_BT, 5))
+    made = generate(*gqa, PROMPTS, 20, Sampling(1e6)).tokens
+    assert all(len(set(row.tolist())) > 8 for row in made)
+    assert len({tuple(row) for row in made}) == len(made)
 
 
 @jax.tree_util.register_static
@@ -105,26 +157,128 @@ class Zero(Codec):
         return jax.tree.map(jnp.zeros_like, stored)
 
 
-def test_generation_reads_the_cache_through_its_codec(gqa):
-    made = generate(*gqa, PROMPT_BT, 8)
-    assert (generate(*gqa, PROMPT_BT, 8, codec=Zero()) != made).any()
-    np.testing.assert_array_equal(generate(*gqa, PROMPT_BT, 8, codec=Exact(chunk=4)), made)
+@pytest.mark.parametrize("name", ["grouped", "windowed"])
+def test_generation_reads_the_cache_through_its_codec(name):
+    model = model_of(VARIANTS[name])
+    made = np.stack(generate(*model, PROMPTS, 8).tokens)
+    assert (np.stack(generate(*model, PROMPTS, 8, codec=Zero()).tokens) != made).any()
+    codec = Exact(chunk=5)  # divides the window and its sinks
+    np.testing.assert_array_equal(np.stack(generate(*model, PROMPTS, 8, codec=codec).tokens), made)
+
+
+# Compiled programs
+
+
+def test_pieces_cover_a_prompt_in_few_lengths():
+    lengths = set()
+    for slots in range(16, 1600, 16):
+        parts = pieces(slots)
+        assert [start for start, _ in parts] == [0, *(stop for _, stop in parts[:-1])] and parts[-1][1] == slots
+        lengths |= {stop - start for start, stop in parts}
+    assert lengths == {16, 32, 64, 128, 256}
+    assert [padded(n) for n in (1, 16, 17)] == [16, 16, 32]
+
+
+def test_many_prompts_of_many_lengths_trace_few_programs(monkeypatch):
+    graphdef, params = model_of(Grouped(2, 1, head_dim=6))
+    traced = []
+    hidden = Decoder.hidden
+    monkeypatch.setattr(
+        Decoder, "hidden", lambda self, t, *rest: (traced.append(t.shape), hidden(self, t, *rest))[1]
+    )
+    for length in (1, 7, 16, 17, 31, 40, 63, 64, 70, 100, 127):
+        for seed in (0, 1):
+            prompt = np.arange(length) % VOCAB
+            generate(graphdef, params, [prompt], 3 + seed, Sampling(0.5 + seed), seed, max_len=160)
+    assert sorted(traced) == [(1, 1), (1, 16), (1, 32), (1, 64), (1, 128)]
+
+
+def test_a_long_prompt_needs_no_square_of_temporaries():
+    """2,048 tokens: scores of all against all are 32 MB a layer; pieces of 256 read 512 slots at a time."""
+    graphdef, params = model_of(Grouped(2, 1, head_dim=6))
+    cache = jax.eval_shape(lambda: nnx.merge(graphdef, params).init_cache(1, 2048, Exact()))
+    ids = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+    memory = module._prefill.lower(graphdef, params, cache, ids, ids).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * 2048 * 2048 * 4 / 4
+    assert memory.alias_size_in_bytes >= nbytes(cache.memory)
+
+
+@pytest.mark.parametrize("length", [300, 700])
+def test_a_long_prompt_in_pieces_is_the_same_prompt_at_once(length, error):
+    graphdef, params = model_of(VARIANTS["grouped"])
+    prompt = RNG.integers(0, VOCAB, length)
+    session = Session(graphdef, params, 1, 1024)
+    session.feed([prompt])
+    model = nnx.merge(graphdef, params)
+    right_V = jax.jit(lambda tokens_BT: model(tokens_BT)[0])(prompt[None].astype(np.int32))[0, -1]
+    assert error(session._logits_BV[0], np.asarray(right_V, np.float64)) < 2e-4
+
+
+# Windows
+
+
+def test_a_ring_holds_its_window_and_sinks_and_no_more():
+    """Against the band mask on the whole sequence: the ring is 10 slots however long the text."""
+    graphdef, params = model_of(VARIANTS["windowed"])
+    logits, session = forward_of(graphdef, params), Session(graphdef, params, 2, 1000)
+    assert session.cache.max_len == 10
+    session.feed([PROMPTS[2], PROMPTS[1]])
+    size = nbytes(session.cache.memory)
+    made = session.generate(17)
+    for prompt, row in zip([PROMPTS[2], PROMPTS[1]], made.tokens):
+        tokens = [*prompt, *row]
+        np.testing.assert_array_equal(logits(tokens)[len(prompt) - 1 : -1].argmax(-1), row)
+    assert nbytes(session.cache.memory) == size
+    last = np.array([len(PROMPTS[2]) + 16, len(PROMPTS[1]) + 16])
+    for row, t in zip(np.asarray(session.cache.positions_BS), last):
+        assert sorted(row.tolist()) == [0, 1, 2, *range(t - 6, t + 1)]
+
+
+def test_a_window_matters():
+    """The same weights without a window make another text."""
+    made = [np.stack(generate(*model_of(VARIANTS[n]), PROMPTS, 20).tokens) for n in ("windowed", "grouped")]
+    assert (made[0] != made[1]).any()
+
+
+# Refusals
 
 
 @pytest.mark.parametrize(
-    ("prompt", "arguments", "message"),
+    ("prompts", "arguments", "message"),
     [
-        (PROMPT_BT, (0,), "num_tokens=0 must be at least 1"),
-        (PROMPT_BT, (3, -0.5), "temperature=-0.5 must be finite and at least 0"),
-        (PROMPT_BT, (3, float("nan")), "temperature=nan must be finite and at least 0"),
-        (PROMPT_BT, (3, float("inf")), "temperature=inf must be finite and at least 0"),
-        (PROMPT_BT[:, :0], (3,), "prompt tokens=0 must be at least 1"),
-        (PROMPT_BT + VOCAB, (3,), "must be at least 0 and below the vocabulary size 29"),
-        (np.array([[1, VOCAB]]), (3,), "prompt token 29 must be at least 0 and below the vocabulary size 29"),
-        (np.array([[1, -1]]), (3,), "prompt token -1 must be at least 0 and below the vocabulary size 29"),
+        (PROMPTS, {"num_tokens": 0}, "num_tokens=0 must be at least 1"),
+        ([], {}, "prompts=0 must be at least 1"),
+        ([[3], []], {}, "prompt 1 must have at least 1 token"),
+        ([[1, VOCAB]], {}, "token 29 of prompt 0 must be at least 0 and below the vocabulary size 29"),
+        ([[3], [1, -1]], {}, "token -1 of prompt 1 must be at least 0 and below the vocabulary size 29"),
+        ([[0.5]], {}, "prompt 0 must hold integers, not float64"),
+        (
+            [[3] * 17],
+            {"max_len": 40},
+            "a prompt of 17 tokens (in 32 slots) and num_tokens=9 do not fit max_len=40",
+        ),
+        ([[3] * 70], {"max_len": 40}, "at most 0 tokens can follow it"),
+        ([[3]], {"sampling": Sampling(1.0, top_k=30)}, "top_k=30 must be at most the vocabulary size 29"),
+        ([[3]], {"seeds": [1, 2]}, "seeds=2 must be as many as the rows, 1"),
     ],
 )
-def test_impossible_arguments(gqa, prompt, arguments, message):
+def test_impossible_arguments(gqa, monkeypatch, prompts, arguments, message):
+    monkeypatch.setattr(module, "_decode", None)
+    if "fit" not in message and "seeds" not in message:
+        monkeypatch.setattr(module, "_prefill", None)
     with pytest.raises(ValueError) as error:
-        generate(*gqa, prompt, *arguments)
+        generate(*gqa, prompts, **{"num_tokens": 9} | arguments)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_cache_of_another_model_or_batch_is_refused(gqa):
+    model = nnx.merge(*gqa)
+    with pytest.raises(ValueError, match=r"built for another model or batch: .* is float32\[2, 2, 32, 10\], not"):
+        Session(*gqa, 1, 32, cache=model.init_cache(2, 32, Exact()))
+    other = nnx.merge(*model_of(VARIANTS["mla"]))
+    with pytest.raises(ValueError, match="built for another model"):
+        Session(*gqa, 1, 32, cache=other.init_cache(1, 32, Exact()))
+    with pytest.raises(ValueError, match="prompts=2 must be as many as the rows of the cache, 1"):
+        Session(*gqa, 1, 32).feed([[1], [2]])
+    with pytest.raises(ValueError, match="nothing was fed"):
+        Session(*gqa, 1, 32).generate(1)

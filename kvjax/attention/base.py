@@ -4,12 +4,13 @@ A variant says what a token leaves behind (`project`) and how that is read, in o
 forms. Softmax, masks, the walk over slots and the cache stand here, once, and know no variant;
 a variant knows no cache and no codec.
 
-B batch, T query tokens, S memory slots, C slots of a chunk, D width, N query heads, V value dim,
-M any features of a reading. An entry, and a memory, is a dict of arrays [B, ..., T or S, features].
+B batch, T query tokens, S memory slots, C slots of a chunk, D width, N query heads, K kv heads,
+G query heads a kv head, H key dim, V value dim, M any features of a reading.
+An entry, and a memory, is a dict of arrays [B, ..., T or S, features].
 """
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 import jax
@@ -17,10 +18,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from kvjax.attention.heads import MASKED, causal_attention, masked_attention
+from kvjax.attention.heads import MASKED, Band, causal_attention
+from kvjax.checks import at_least
 
 Queries = Any  # a pytree that only its variant looks into
 Memory = dict[str, jax.Array]
+
+EXPANDED_CHUNK = 512  # slots that many queries read at a time, in expanded form
 
 
 class LayerCache(Protocol):
@@ -48,6 +52,24 @@ class AttentionConfig(abc.ABC):
 
     num_heads: int = 8
     """Query heads."""
+    window: int | None = field(default=None, kw_only=True)
+    """Latest positions that a query sees, its own among them; None for all."""
+    num_sinks: int | None = field(default=None, kw_only=True)
+    """First positions that a query sees besides its window (Xiao et al. 2024)."""
+
+    def __post_init__(self):
+        at_least("num_heads", self.num_heads, 1)
+        if self.window is not None:
+            at_least("window", self.window, 1)
+        if self.num_sinks is not None:
+            at_least("num_sinks", self.num_sinks, 1)
+            if self.window is None:
+                raise ValueError(f"num_sinks={self.num_sinks} must go with a window; window=None sees everything")
+
+    @property
+    def band(self) -> Band:
+        """What a query sees."""
+        return Band(self.window, self.num_sinks or 0)
 
     @abc.abstractmethod
     def build(self, width: int, output_scale: float, key: jax.Array) -> "Attention":
@@ -65,6 +87,7 @@ class AttentionConfig(abc.ABC):
 class Attention(nnx.Module):
     """Base of all variants: `cache=None` is training; prefill and decoding pass a cache."""
 
+    config: AttentionConfig
     scale: float
     """What the logits are multiplied by before the softmax."""
     expand_from: int = 2
@@ -110,57 +133,83 @@ class Attention(nnx.Module):
         """
         queries, entry = self.project(x_BTD, positions_BT)
         if cache is None:
-            o_BKGTV = causal_attention(*self.expand(queries, entry, positions_BT), self.scale)
+            o_BKGTV = causal_attention(*self.expand(queries, entry, positions_BT), self.scale, self.config.band)
             return self.merge(_in_order(o_BKGTV)), None
         cache = cache.write(entry)
         if x_BTD.shape[1] >= self.expand_from:
-            heads = self.expand(queries, cache.read(), cache.positions_BS)
-            mask_BTS = visible(positions_BT, cache.positions_BS)
-            return self.merge(_in_order(masked_attention(*heads, mask_BTS, self.scale))), cache
-        read = self._read_whole if cache.chunk is None else self._read_in_chunks
-        return self.output(read(self.absorb(queries), positions_BT, cache).astype(x_BTD.dtype)), cache
+            heads_BNTV = self._read(_expanded(self, queries), positions_BT, cache, cache.chunk or EXPANDED_CHUNK)
+            return self.merge(heads_BNTV.astype(x_BTD.dtype)), cache
+        mixed_BNTM = self._read(_absorbed(self, self.absorb(queries)), positions_BT, cache, cache.chunk)
+        return self.output(mixed_BNTM.astype(x_BTD.dtype)), cache
 
-    def _logits(self, queries, memory, positions_BT, positions_BS):
-        logits_BNTS = self.score(queries, memory, positions_BS).astype(jnp.float32) * self.scale
-        return jnp.where(visible(positions_BT, positions_BS)[:, None], logits_BNTS, MASKED)
+    def _read(self, form, positions_BT, cache, chunk):
+        def logits_of(memory, positions_BS, unread_S=None):
+            logits_BNTS, mix = form(memory, positions_BS)
+            seen_BTS = self.config.band.sees(positions_BT[:, :, None], positions_BS[:, None])
+            if unread_S is not None:
+                seen_BTS &= unread_S[None, None]
+            return jnp.where(seen_BTS[:, None], logits_BNTS.astype(jnp.float32) * self.scale, MASKED), mix
 
-    def _read_whole(self, queries, positions_BT, cache):
-        memory = cache.read()
-        logits_BNTS = self._logits(queries, memory, positions_BT, cache.positions_BS)
-        return self.mix(_cast(jax.nn.softmax(logits_BNTS, axis=-1), memory), memory)
-
-    def _read_in_chunks(self, queries, positions_BT, cache):
-        """Online softmax (Milakov & Gimelshein 2018): the time follows the slots in use."""
-        C = cache.chunk
-
-        def read(i):
-            positions_BC = lax.dynamic_slice_in_dim(cache.positions_BS, i * C, C, axis=1)
-            memory = cache.read(i * C, C)
-            return memory, self._logits(queries, memory, positions_BT, positions_BC)
-
-        def step(i, carry):
-            top_BNT1, total_BNT1, mixed_BNTM = carry
-            memory, logits_BNTC = read(i)
-            new_top_BNT1 = jnp.maximum(top_BNT1, logits_BNTC.max(-1, keepdims=True))
-            weights_BNTC = jnp.exp(logits_BNTC - new_top_BNT1)
-            shrink_BNT1 = jnp.exp(top_BNT1 - new_top_BNT1)
-            total_BNT1 = total_BNT1 * shrink_BNT1 + weights_BNTC.sum(-1, keepdims=True)
-            part_BNTM = self.mix(_cast(weights_BNTC, memory), memory).astype(jnp.float32)
-            return new_top_BNT1, total_BNT1, mixed_BNTM * shrink_BNT1 + part_BNTM
-
-        def first():
-            memory, logits_BNTC = read(0)
-            return logits_BNTC.max(-1, keepdims=True), self.mix(_cast(logits_BNTC, memory), memory)
-
-        top, mixed = jax.eval_shape(first)
-        start = (jnp.full(top.shape, MASKED), jnp.zeros(top.shape), jnp.zeros(mixed.shape, jnp.float32))
-        _, total_BNT1, mixed_BNTM = lax.fori_loop(0, (cache.length + C - 1) // C, step, start)
-        return mixed_BNTM / total_BNT1
+        S = cache.positions_BS.shape[1]
+        if chunk is None or chunk >= S:
+            memory = cache.read()
+            logits_BNTS, mix = logits_of(memory, cache.positions_BS)
+            return mix(_cast(jax.nn.softmax(logits_BNTS, axis=-1), memory))
+        return _walk(logits_of, cache, S, chunk)
 
 
-def visible(positions_BT: jax.Array, positions_BS: jax.Array) -> jax.Array:
-    """The mask `BTS`: a filled slot whose position is not after the query's."""
-    return (positions_BS >= 0)[:, None] & (positions_BS[:, None] <= positions_BT[:, :, None])
+def _walk(logits_of, cache, S, C):
+    """Online softmax (Milakov & Gimelshein 2018) over chunks: the time follows the slots in use."""
+
+    def read(i):
+        start = jnp.minimum(i * C, S - C)  # the last chunk begins earlier where C does not divide S
+        memory = cache.read(start, C)
+        positions_BC = lax.dynamic_slice_in_dim(cache.positions_BS, start, C, axis=1)
+        return memory, *logits_of(memory, positions_BC, start + jnp.arange(C) >= i * C)
+
+    def step(i, carry):
+        top_BNT1, total_BNT1, mixed_BNTM = carry
+        memory, logits_BNTC, mix = read(i)
+        new_top_BNT1 = jnp.maximum(top_BNT1, logits_BNTC.max(-1, keepdims=True))
+        weights_BNTC = jnp.exp(logits_BNTC - new_top_BNT1)
+        shrink_BNT1 = jnp.exp(top_BNT1 - new_top_BNT1)
+        total_BNT1 = total_BNT1 * shrink_BNT1 + weights_BNTC.sum(-1, keepdims=True)
+        part_BNTM = mix(_cast(weights_BNTC, memory)).astype(jnp.float32)
+        return new_top_BNT1, total_BNT1, mixed_BNTM * shrink_BNT1 + part_BNTM
+
+    def first():
+        memory, logits_BNTC, mix = read(0)
+        return logits_BNTC.max(-1, keepdims=True), mix(_cast(logits_BNTC, memory))
+
+    top, mixed = jax.eval_shape(first)
+    start = (jnp.full(top.shape, MASKED), jnp.zeros(top.shape), jnp.zeros(mixed.shape, jnp.float32))
+    _, total_BNT1, mixed_BNTM = lax.fori_loop(0, (cache.length + C - 1) // C, step, start)
+    return mixed_BNTM / total_BNT1
+
+
+def _expanded(attention, queries):
+    """Explicit heads of a stretch of memory: few FLOPs a query, more a slot."""
+
+    def form(memory, positions_BS):
+        q_BKGTH, k_BKSH, v_BKSV = attention.expand(queries, memory, positions_BS)
+        logits_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+
+        def mix(probs_BNTS):
+            probs_BKGTS = probs_BNTS.reshape(logits_BKGTS.shape)
+            return _in_order(jnp.einsum("BKGTS,BKSV->BKGTV", probs_BKGTS, v_BKSV))
+
+        return _in_order(logits_BKGTS), mix
+
+    return form
+
+
+def _absorbed(attention, queries):
+    """The memory as it is stored."""
+
+    def form(memory, positions_BS):
+        return attention.score(queries, memory, positions_BS), lambda probs: attention.mix(probs, memory)
+
+    return form
 
 
 def _in_order(heads_BKGTV):

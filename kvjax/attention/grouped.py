@@ -30,7 +30,7 @@ class Grouped(AttentionConfig):
     """Bias on query, key and value projections (as Qwen2)."""
 
     def __post_init__(self):
-        at_least("num_heads", self.num_heads, 1)
+        super().__post_init__()
         at_least("num_kv_heads", self.num_kv_heads, 1)
         multiple("num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads)
         at_least("head_dim", self.head_dim, 2)

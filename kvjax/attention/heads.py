@@ -5,6 +5,7 @@ X = B * K rows, Q = G * (queries of a block), E slots a block sees.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +16,27 @@ BLOCK = 64  # queries a block: its scores stay in a core's L2 cache
 MAX_BLOCKS = 8  # blocks are unrolled; longer sequences get larger ones
 
 
-def masked_attention(
-    q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSV: jax.Array, mask_BTS: jax.Array, scale: float
+class Band(NamedTuple):
+    """What a query at position t sees: positions s <= t with t - s < window, and s < num_sinks."""
+
+    window: int | None = None
+    num_sinks: int = 0
+
+    def sees(self, t: jax.Array, s: jax.Array) -> jax.Array:
+        """The mask, by broadcasting; a slot at position -1 is empty."""
+        seen = (s >= 0) & (s <= t)
+        if self.window is None:
+            return seen
+        return seen & ((t - s < self.window) | (s < self.num_sinks))
+
+
+CAUSAL = Band()
+
+
+def causal_attention(
+    q_BKGTH: jax.Array, k_BKTH: jax.Array, v_BKTV: jax.Array, scale: float, band: Band = CAUSAL
 ) -> jax.Array:
-    """softmax(scale q k^T) v under any mask, as heads `o_BKGTV`; a query that sees nothing gets mean(v)."""
-    logits_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
-    logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS * scale, MASKED)
-    probs_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BKSV.dtype)
-    return jnp.einsum("BKGTS,BKSV->BKGTV", probs_BKGTS, v_BKSV)
-
-
-def causal_attention(q_BKGTH: jax.Array, k_BKTH: jax.Array, v_BKTV: jax.Array, scale: float) -> jax.Array:
-    """Causal softmax(scale q k^T) v of whole sequences, as heads `o_BKGTV`.
+    """Causal softmax(scale q k^T) v of whole sequences from position 0 on, as heads `o_BKGTV`.
 
     Blocks of queries read the growing prefix of the keys, and the backward pass recomputes the
     probabilities from each query's log-sum-exp (FlashAttention, Dao et al. 2022), so nothing of
@@ -35,21 +45,21 @@ def causal_attention(q_BKGTH: jax.Array, k_BKTH: jax.Array, v_BKTV: jax.Array, s
     """
     B, K, G, T, H = q_BKGTH.shape
     rows = (a.reshape(B * K, *a.shape[2:]) for a in (q_BKGTH, k_BKTH, v_BKTV))
-    return _causal(*rows, scale).reshape(B, K, G, T, v_BKTV.shape[-1])
+    return _causal(*rows, scale, band).reshape(B, K, G, T, v_BKTV.shape[-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _causal(q_XGTH, k_XTH, v_XTV, scale):
-    return _causal_forward(q_XGTH, k_XTH, v_XTV, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _causal(q_XGTH, k_XTH, v_XTV, scale, band):
+    return _causal_forward(q_XGTH, k_XTH, v_XTV, scale, band)[0]
 
 
-def _causal_forward(q_XGTH, k_XTH, v_XTV, scale):
-    o_XGTV, lse_XGT = _over_rows(functools.partial(_row_forward, scale=scale), q_XGTH, k_XTH, v_XTV)
+def _causal_forward(q_XGTH, k_XTH, v_XTV, scale, band):
+    o_XGTV, lse_XGT = _over_rows(functools.partial(_row_forward, scale=scale, band=band), q_XGTH, k_XTH, v_XTV)
     return o_XGTV, (q_XGTH, k_XTH, v_XTV, o_XGTV, lse_XGT)
 
 
-def _causal_backward(scale, residuals, do_XGTV):
-    return _over_rows(functools.partial(_row_backward, scale=scale), *residuals, do_XGTV)
+def _causal_backward(scale, band, residuals, do_XGTV):
+    return _over_rows(functools.partial(_row_backward, scale=scale, band=band), *residuals, do_XGTV)
 
 
 _causal.defvjp(_causal_forward, _causal_backward)
@@ -65,17 +75,17 @@ def _blocks(num_queries: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
 
 
-def _block_logits(q_GTH, k_TH, start, stop, scale):
+def _block_logits(q_GTH, k_TH, start, stop, scale, band):
     q_QH = q_GTH[:, start:stop].reshape(-1, q_GTH.shape[-1])
     logits_QE = jnp.einsum("QH,EH->QE", q_QH, k_TH[:stop], preferred_element_type=jnp.float32) * scale
-    visible = (start + jnp.arange(stop - start))[:, None] >= jnp.arange(stop)[None]
-    return jnp.where(visible[None], logits_QE.reshape(-1, stop - start, stop), MASKED)
+    seen_CE = band.sees((start + jnp.arange(stop - start))[:, None], jnp.arange(stop)[None])
+    return jnp.where(seen_CE[None], logits_QE.reshape(-1, stop - start, stop), MASKED)
 
 
-def _row_forward(q_GTH, k_TH, v_TV, scale):
+def _row_forward(q_GTH, k_TH, v_TV, scale, band):
     outs, lses = [], []
     for start, stop in _blocks(q_GTH.shape[1]):
-        logits_GCE = _block_logits(q_GTH, k_TH, start, stop, scale)
+        logits_GCE = _block_logits(q_GTH, k_TH, start, stop, scale, band)
         top_GC1 = logits_GCE.max(-1, keepdims=True)
         weights_GCE = jnp.exp(logits_GCE - top_GC1)
         total_GC1 = weights_GCE.sum(-1, keepdims=True)
@@ -86,13 +96,14 @@ def _row_forward(q_GTH, k_TH, v_TV, scale):
     return jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
 
 
-def _row_backward(q_GTH, k_TH, v_TV, o_GTV, lse_GT, do_GTV, scale):
+def _row_backward(q_GTH, k_TH, v_TV, o_GTV, lse_GT, do_GTV, scale, band):
     dtype, f32 = q_GTH.dtype, jnp.float32
     delta_GT = (o_GTV.astype(f32) * do_GTV.astype(f32)).sum(-1)
     dk_TH, dv_TV = jnp.zeros(k_TH.shape, f32), jnp.zeros(v_TV.shape, f32)
     dqs = []
     for start, stop in _blocks(q_GTH.shape[1]):
-        probs_GCE = jnp.exp(_block_logits(q_GTH, k_TH, start, stop, scale) - lse_GT[:, start:stop, None])
+        logits_GCE = _block_logits(q_GTH, k_TH, start, stop, scale, band)
+        probs_GCE = jnp.exp(logits_GCE - lse_GT[:, start:stop, None])
         do_QV = do_GTV[:, start:stop].reshape(-1, do_GTV.shape[-1])
         dprobs_QE = jnp.einsum("QV,EV->QE", do_QV, v_TV[:stop], preferred_element_type=f32)
         dlogits_GCE = probs_GCE * (dprobs_QE.reshape(probs_GCE.shape) - delta_GT[:, start:stop, None])

@@ -35,7 +35,8 @@ class Latent(AttentionConfig):
     """Rotate pairs (2j, 2j + 1), as DeepSeek's weights are laid out."""
 
     def __post_init__(self):
-        for field in ("num_heads", "rank", "nope_dim", "value_dim"):
+        super().__post_init__()
+        for field in ("rank", "nope_dim", "value_dim"):
             at_least(field, getattr(self, field), 1)
         at_least("rope_dim", self.rope_dim, 2)
         even("rope_dim", self.rope_dim)

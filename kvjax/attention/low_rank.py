@@ -38,7 +38,7 @@ class LowRank(AttentionConfig):
     """Base of the rotary frequencies."""
 
     def __post_init__(self):
-        at_least("num_heads", self.num_heads, 1)
+        super().__post_init__()
         at_least("head_dim", self.head_dim, 1)
         one_of("position", self.position, ("rope", "none"))
         if self.position == "rope":

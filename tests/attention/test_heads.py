@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kvjax.attention import heads
-from kvjax.attention.heads import causal_attention, masked_attention
+from kvjax.attention.heads import Band, causal_attention
 
 SCALE = 0.37
 LENGTHS = [1, 7, 64, 65, 131]
@@ -24,12 +24,12 @@ def draw(T: int, G: int = 2, dtype=np.float32) -> tuple[np.ndarray, ...]:
     return tuple(rng.standard_normal(shape).astype(dtype) for shape in shapes)
 
 
-def solved(q, k, v, do):
+def solved(q, k, v, do, window=10**9, num_sinks=0):
     """Result and gradients of one softmax after the other, in float64."""
     q, k, v, do = (a.astype(np.float64) for a in (q, k, v, do))
     o, dq, dk, dv = np.zeros_like(do), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for b, j, g, t in np.ndindex(q.shape[:-1]):
-        seen = slice(0, t + 1)
+        seen = [s for s in range(t + 1) if t - s < window or s < num_sinks]
         p = np.exp(SCALE * k[b, j, seen] @ q[b, j, g, t])
         p /= p.sum()
         o[b, j, g, t] = p @ v[b, j, seen]
@@ -51,8 +51,8 @@ def with_gradients(attend, quick_jit):
 
 def plain(q, k, v):
     T = q.shape[-2]
-    mask_BTS = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool))[None], (q.shape[0], T, T))
-    return masked_attention(q, k, v, mask_BTS, SCALE)
+    logits = jnp.where(jnp.tril(jnp.ones((T, T), bool)), SCALE * jnp.einsum("BKGTH,BKSH->BKGTS", q, k), -1e30)
+    return jnp.einsum("BKGTS,BKSV->BKGTV", jax.nn.softmax(logits, axis=-1), v)
 
 
 blocked = functools.partial(causal_attention, scale=SCALE)
@@ -108,10 +108,19 @@ def test_large_logits_stay_finite(quick_jit):
         assert np.isfinite(got).all()
 
 
-def test_a_query_that_sees_nothing_gets_the_mean():
-    q, k, v, _ = draw(7)
-    o = masked_attention(q, k, v, jnp.zeros((2, 7, 7), bool), SCALE)
-    np.testing.assert_allclose(o, np.broadcast_to(v.mean(2)[:, :, None, None], o.shape), atol=1e-6)
+@pytest.mark.parametrize(("T", "window", "num_sinks"), [(13, 5, 0), (13, 1, 2), (131, 67, 3), (131, 29, 0)])
+def test_a_window_with_sinks(T, window, num_sinks, error, quick_jit):
+    attend = functools.partial(blocked, band=Band(window, num_sinks))
+    for got, right in zip(with_gradients(attend, quick_jit)(*draw(T)), solved(*draw(T), window, num_sinks)):
+        assert error(got, right) < 2e-5
+
+
+def test_a_window_of_the_whole_length_changes_nothing(quick_jit):
+    whole, banded = (
+        with_gradients(f, quick_jit)(*draw(65)) for f in (blocked, functools.partial(blocked, band=Band(65)))
+    )
+    for a, b in zip(whole, banded):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_gradients_keep_nothing_of_squared_length(quick_jit):

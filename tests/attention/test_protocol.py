@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kvjax.attention.base import visible
+from kvjax.attention.heads import Band
 from kvjax.codecs import Exact
 
 BATCH, TOKENS, SLOTS = 3, 11, 16
@@ -144,9 +144,14 @@ def test_free_slots_are_not_read(model, chunk, expected, error):
     assert error(logits, expected[:, 4:5]) < 2e-5
 
 
-def test_visible():
+def test_band():
     """A query at position 2 sees filled slots of positions 0 to 2; at -1 (padding) it sees nothing."""
-    mask_BTS = visible(jnp.array([[2, -1], [0, 3]]), jnp.array([[-1, 0, 1, 2, 3], [3, 2, 1, 0, -1]]))
+    queries_BT1, slots_B1S = (
+        jnp.array([[2, -1], [0, 3]])[:, :, None],
+        jnp.array([[[-1, 0, 1, 2, 3]], [[3, 2, 1, 0, -1]]]),
+    )
+    assert Band(2, 1).sees(jnp.int32(4), jnp.arange(6)).astype(int).tolist() == [1, 0, 0, 1, 1, 0]
+    mask_BTS = Band().sees(queries_BT1, slots_B1S)
     assert mask_BTS.astype(int).tolist() == [
         [[0, 1, 1, 1, 0], [0, 0, 0, 0, 0]],
         [[0, 0, 0, 1, 0], [1, 1, 1, 1, 0]],

@@ -125,7 +125,8 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
     ],
 )
 def test_train(refuse, tmp_path, arguments, words):
-    line = refuse(train.run, [*arguments.format(tmp=tmp_path).split(), "--root", tmp_path / "runs"])
+    root = [] if "--run" in arguments else ["--root", tmp_path / "runs"]
+    line = refuse(train.run, [*arguments.format(tmp=tmp_path).split(), *root])
     for word in words:
         assert word in line
 
