@@ -1,7 +1,8 @@
 """The cache: what tokens left behind, encoded, in slots that carry positions.
 
-B batch, T tokens written, S slots. Stored arrays are [B, ..., S, features]: the axis before the
-last is time, the layout that decodes without transposing or copying.
+B batch, T tokens written, S slots. A codec sees [B, ..., S, features]: time before the last axis, the
+layout that decodes without transposing or copying. Stored arrays lack leading axes of size 1, which
+make XLA:CPU copy what a loop carries.
 """
 
 import dataclasses
@@ -51,6 +52,8 @@ class LayerCache:
     codec: Codec
     positions_BS: jax.Array
     """Position of the token in each slot that `read` gives."""
+    leads: tuple[tuple[int, ...], ...]
+    """Axes before time of every array that `codec` sees; `memory` has them as one, or none."""
     place: jax.Array
     """First slot to write, or every token's slot in a ring `BT`."""
     length: jax.Array
@@ -68,24 +71,25 @@ class LayerCache:
         new = self.codec.encode(entry)
         if self.place.ndim == 0:
             put = lambda slots, new: lax.dynamic_update_slice_in_dim(slots, new, self.place, slots.ndim - 2)
-            return dataclasses.replace(self, memory=jax.tree.map(put, self.memory, new))
+            return dataclasses.replace(self, memory=jax.tree.map(put, self.memory, fold(new)))
         put = jax.vmap(lambda slots, new, place_T: slots.at[..., place_T, :].set(new, mode="drop"))
-        memory = jax.tree.map(lambda slots, new: put(slots, new, self.place), self.memory, new)
+        old = unfold(self.memory, self.leads)
+        memory = fold(jax.tree.map(lambda slots, new: put(slots, new, self.place), old, new))
         view = None
         if self.place.shape[1] > 1:
             # Several tokens overtake slots that the first of them still see: read what was, and the new.
             join = lambda old, new: jnp.concatenate([old, new], axis=-2)
-            view = jax.tree.map(join, self.codec.decode(self.memory), self.codec.decode(new))
+            view = jax.tree.map(join, self.codec.decode(old), self.codec.decode(new))
         return dataclasses.replace(self, memory=memory, view=view)
 
     def read(self, start: jax.Array | int = 0, size: int | None = None) -> Entry:
         """Decode `size` slots from `start`, or all of them."""
         if size is None:
-            return self.codec.decode(self.memory) if self.view is None else self.view
+            return self.codec.decode(unfold(self.memory, self.leads)) if self.view is None else self.view
         take = lambda slots: lax.dynamic_slice_in_dim(slots, start, size, slots.ndim - 2)
         if self.view is not None:
             return jax.tree.map(take, self.view)
-        return self.codec.decode(jax.tree.map(take, self.memory))
+        return self.codec.decode(unfold(jax.tree.map(take, self.memory), self.leads))
 
 
 @jax.tree_util.register_dataclass
@@ -103,6 +107,8 @@ class Cache:
     length: jax.Array
     """Tokens written, padding among them; slots in use, from the first, if there is no ring."""
     codec: Codec
+    leads: tuple[tuple[tuple[int, ...], ...], ...] = field(metadata={"static": True})
+    """Of every layer's arrays, the axes before time that `codec` sees."""
     ring: Ring | None = field(default=None, metadata={"static": True})
 
     @property
@@ -155,7 +161,10 @@ class Claim:
 
     def layer(self, index: int) -> LayerCache:
         """A layer's view."""
-        return LayerCache(self.cache.memory[index], self.cache.codec, self.positions_BS, self.place, self.length)
+        cache = self.cache
+        return LayerCache(
+            cache.memory[index], cache.codec, self.positions_BS, cache.leads[index], self.place, self.length
+        )
 
     def written(self, layers: Sequence[LayerCache]) -> Cache:
         """The cache that holds what the layers have written."""
@@ -174,7 +183,20 @@ def empty(entries: tuple[Entry, ...], codec: Codec, ring: Ring | None = None) ->
             f"nearest: {below or codec.chunk} or {below + codec.chunk}"
         )
     positions_BS = jnp.full((batch, max_len), -1, jnp.int32)
-    return Cache(_zeros(stored), positions_BS, jnp.zeros((), jnp.int32), codec, ring)
+    leads = tuple(tuple(a.shape[:-2] for a in jax.tree.leaves(layer)) for layer in stored)
+    return Cache(fold(_zeros(stored)), positions_BS, jnp.zeros((), jnp.int32), codec, leads, ring)
+
+
+def fold(tree: Any) -> Any:
+    """Arrays without the axes before time that have size 1."""
+    drop = lambda a: a.reshape(*(n for n in a.shape[:-2] if n > 1), *a.shape[-2:])
+    return jax.tree.map(drop, tree)
+
+
+def unfold(tree: Any, leads: tuple[tuple[int, ...], ...]) -> Any:
+    """Arrays as a codec sees them, from what `fold` gave."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, [a.reshape(*lead, *a.shape[-2:]) for a, lead in zip(leaves, leads)])
 
 
 def _zeros(tree):

@@ -58,6 +58,15 @@ class Session:
         self._logits_BV: jax.Array | None = None
         self._made = 0
 
+    @property
+    def state(self) -> tuple[Cache, jax.Array | None, jax.Array]:
+        """The cache, the next token's logits and the rows' next positions; may be set to an earlier state."""
+        return self.cache, self._logits_BV, self._positions_B
+
+    @state.setter
+    def state(self, state: tuple[Cache, jax.Array | None, jax.Array]) -> None:
+        self.cache, self._logits_BV, self._positions_B = state
+
     def feed(self, prompts: Sequence[Sequence[int] | np.ndarray], then: int = 0) -> None:
         """Read one prompt a row, of any lengths; ValueError if they, and `then` more tokens, do not fit."""
         rows = [_row(prompt, i, self.vocab_size) for i, prompt in enumerate(prompts)]
@@ -159,6 +168,39 @@ def generate(
     sampling.check(session.vocab_size)
     session.feed(prompts, then=num_tokens)
     return session.generate(num_tokens, sampling, seeds, stop, logprobs)
+
+
+def without_cache(
+    graphdef: nnx.GraphDef,
+    params: Any,
+    prompt: Sequence[int] | np.ndarray,
+    num_tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    stop: Sequence[int] = (),
+) -> Iterator[int]:
+    """The tokens that `generate` makes after one prompt, each from the whole text before it: for comparison."""
+    model = nnx.merge(graphdef, params)
+    tokens = _row(prompt, 0, model.vocab_size).tolist()
+    at_least("num_tokens", num_tokens, 1)
+    sampling.check(model.vocab_size)
+    numbers, key = sampling.numbers(model.vocab_size), jax.random.key(seed)
+    for i in range(num_tokens):
+        tokens_1T = np.zeros((1, -(-len(tokens) // ROUND_SLOTS) * ROUND_SLOTS), np.int32)
+        tokens_1T[0, : len(tokens)] = tokens
+        token = int(_whole(graphdef, sampling.form, params, tokens_1T, len(tokens) - 1, key, i, numbers))
+        tokens.append(token)
+        yield token
+        if token in stop:
+            return
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _whole(graphdef, form, params, tokens_1T, last, key, i, numbers):
+    model = nnx.merge(graphdef, params)
+    x_1TD, _ = model.hidden(tokens_1T)
+    logits_1V = model.logits(lax.dynamic_slice_in_dim(x_1TD, last, 1, axis=1))[:, 0]
+    return choose(logits_1V, jax.random.fold_in(key, i)[None], form, numbers)[0]
 
 
 def padded(num_tokens: int) -> int:

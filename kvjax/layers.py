@@ -26,6 +26,26 @@ def subkey(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
+def project(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The last axis of `x` through the first of `weight`, as one product of two matrices.
+
+    XLA:CPU runs these as they stand; over several axes it transposes weights, at every decoded token.
+    """
+    y_MF = x.reshape(-1, x.shape[-1]) @ weight.reshape(weight.shape[0], -1)
+    return y_MF.reshape(*x.shape[:-1], *weight.shape[1:])
+
+
+def to_heads(x_BTD: jax.Array, weight_DNH: jax.Array) -> jax.Array:
+    """Heads `BNTH` of every token."""
+    return jnp.swapaxes(project(x_BTD, weight_DNH), 1, 2)
+
+
+def from_heads(x_BNTH: jax.Array, weight_NHD: jax.Array) -> jax.Array:
+    """The sum `BTD` of every head through its part of the weight."""
+    B, N, T, H = x_BNTH.shape
+    return project(jnp.swapaxes(x_BNTH, 1, 2).reshape(B, T, N * H), weight_NHD.reshape(N * H, -1))
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * gain over the last axis (Zhang & Sennrich 2019, eq. 4), in float32."""
 
@@ -85,11 +105,8 @@ class MLP(nnx.Module):
         self.down_FD = normal(subkey(key, "down"), (mlp_width, width), mlp_width, output_scale)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        # Batch and time as one axis: summing a weight's gradient over two transposes the activations on CPU.
-        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        gate_MF, up_MF = jnp.split(jnp.einsum("MD,DE->ME", x_MD, self.gate_up_DE[...]), 2, axis=-1)
-        y_MD = jnp.einsum("MF,FD->MD", jax.nn.silu(gate_MF) * up_MF, self.down_FD[...])
-        return y_MD.reshape(x_BTD.shape)
+        gate_BTF, up_BTF = jnp.split(project(x_BTD, self.gate_up_DE[...]), 2, axis=-1)
+        return project(jax.nn.silu(gate_BTF) * up_BTF, self.down_FD[...])
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

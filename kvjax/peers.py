@@ -1,4 +1,4 @@
-"""The same model trained by PyTorch and Hugging Face transformers, in a process of its own.
+"""The same model trained, and decoding, by PyTorch and Hugging Face transformers, in a process of its own.
 
 In one process the thread pools of two frameworks disturb each other; here one waits while the other
 computes. Needs the extra `peers`.
@@ -35,6 +35,7 @@ def check(config: Config) -> None:
     same = {
         "attention.qk_norm": (config.attention.qk_norm, False),
         "attention.qkv_bias": (config.attention.qkv_bias, False),
+        "attention.window": (config.attention.window, None),
         "decoder.dropout": (config.decoder.dropout, 0.0),
         "decoder.remat": (config.decoder.remat, False),
         "train.accumulate": (config.train.accumulate, 1),
@@ -50,7 +51,7 @@ def check(config: Config) -> None:
             raise ValueError(f"--against torch needs {package}: pip install -e '.[peers]'")
 
 
-def llama(config: Config, vocab_size: int) -> Any:
+def llama(config: Config, vocab_size: int, max_len: int | None = None) -> Any:
     """A `LlamaForCausalLM` of the architecture of `config`, its weights drawn by transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -65,11 +66,10 @@ def llama(config: Config, vocab_size: int) -> Any:
             num_attention_heads=attention.num_heads,
             num_key_value_heads=attention.num_kv_heads,
             head_dim=attention.head_dim,
-            max_position_embeddings=config.data.context,
+            max_position_embeddings=max_len or config.data.context,
             rms_norm_eps=RMS_EPS,
             rope_parameters={"rope_type": "default", "rope_theta": attention.rope_theta},
             tie_word_embeddings=config.decoder.tie_embeddings,
-            use_cache=False,
             attn_implementation="sdpa",  # pyrefly: ignore[unexpected-keyword]
         )
     )
@@ -155,10 +155,55 @@ class TorchWorkload:
         return time.perf_counter() - started
 
 
-class Worker:
-    """A `TorchWorkload` in a process of its own that computes only while it is asked to; a context manager."""
+class TorchDecodeWorkload:
+    """`generate` of transformers, greedy, from a cache that its prefill fills; prefill is not timed."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, batch: int, filled: int, tokens: int, implementation: str):
+        import torch
+
+        self.model = llama(config, vocabulary(config.data), filled + tokens + 1).eval()
+        prompts = np.random.default_rng(0).integers(0, vocabulary(config.data), (batch, filled))
+        self.ids_BT, self.tokens = torch.from_numpy(prompts), tokens
+        self.options = {"cache_implementation": "static"} if implementation == "static" else {}
+
+    def seconds(self, rounds: int) -> float:
+        """Time of one token for every row, the mean of `rounds` generations."""
+        import torch
+        from transformers import StoppingCriteria
+
+        times: list[float] = []
+
+        class Clock(StoppingCriteria):
+            def __call__(self, input_ids, scores, **options):
+                times.append(time.perf_counter())
+                return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+        total = 0.0
+        for _ in range(rounds):
+            times.clear()
+            self.model.generate(
+                self.ids_BT,
+                attention_mask=torch.ones_like(self.ids_BT),
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=None,
+                pad_token_id=0,
+                max_new_tokens=self.tokens + 1,
+                stopping_criteria=[Clock()],
+                **self.options,
+            )
+            assert len(times) == self.tokens + 1
+            total += (times[-1] - times[0]) / self.tokens
+        return total / rounds
+
+
+class Worker:
+    """A PyTorch workload in a process of its own that computes only while it is asked to; a context manager.
+
+    Training, or with `decoding` the arguments of a `TorchDecodeWorkload`.
+    """
+
+    def __init__(self, config: Config, **decoding: int | str):
         check(config)
         command = [sys.executable, "-m", "kvjax.peers"]
         root = Path(__file__).parents[1]
@@ -166,7 +211,7 @@ class Worker:
         self._process = subprocess.Popen(command, cwd=root, stdin=pipe, stdout=pipe, text=True)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._questions, self._answers = self._process.stdin, self._process.stdout
-        self.description = self._ask(json.dumps(to_dict(config)))
+        self.description = self._ask(json.dumps({"config": to_dict(config), "decoding": decoding}))
         """Versions, threads and parameters."""
 
     def __enter__(self) -> Self:
@@ -196,12 +241,14 @@ class Worker:
 
 
 def serve(lines: Iterable[str]) -> None:
-    """Answer the lines of a `Worker` with lines of JSON: first the configuration, then `go STEPS`."""
+    """Answer the lines of a `Worker` with lines of JSON: first what to do, then `go STEPS`."""
     import torch
     import transformers
 
     lines = iter(lines)
-    workload = TorchWorkload(from_dict(json.loads(next(lines))))
+    order = json.loads(next(lines))
+    config, decoding = from_dict(order["config"]), order["decoding"]
+    workload = TorchDecodeWorkload(config, **decoding) if decoding else TorchWorkload(config)
     description = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,

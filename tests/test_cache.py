@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 from kvjax import cache as caches
-from kvjax.cache import Cache, nbytes
+from kvjax.cache import Cache, Ring, nbytes
 from kvjax.codecs import Exact
 
 
@@ -47,15 +47,50 @@ def test_tokens_land_in_the_next_slots():
     assert int(cache.length) == 5
     assert cache.positions_BS.tolist() == [[0, 1, 2, 3, 4, -1, -1]]
     memory = cache.memory[0]
-    assert memory["flat"][0, :, 0].tolist() == [11, 12, 13, 21, 22, 0, 0]
+    assert memory["flat"][:, 0].tolist() == [11, 12, 13, 21, 22, 0, 0]
     heads = [[11, 12, 13, 21, 22, 0, 0], [11.1, 12.1, 13.1, 21.1, 22.1, 0, 0]]
-    np.testing.assert_allclose(memory["k"][0, :, :, 0], heads, rtol=1e-6)
+    np.testing.assert_allclose(memory["k"][:, :, 0], heads, rtol=1e-6)
 
 
 def test_rows_share_slots_and_differ_in_positions():
     cache = write(empty(5, batch=3), [[-1, 0], [-1, -1], [0, 1]], 1, 2)
     cache = write(cache, [[1], [0], [2]], 3)
     assert cache.positions_BS.tolist() == [[-1, 0, 1, -1, -1], [-1, -1, 0, -1, -1], [0, 1, 2, -1, -1]]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_stored_arrays_lack_axes_of_size_1_that_codecs_see(batch):
+    claim = empty(5, batch=batch).claim(jnp.zeros((batch, 1), jnp.int32))
+    layer = claim.layer(0).write(entry(7.0, batch=batch))
+    stored = {1: {"flat": (5, 1), "k": (2, 5, 1)}, 2: {"flat": (2, 5, 1), "k": (2, 2, 5, 1)}}
+    assert {name: a.shape for name, a in layer.memory.items()} == stored[batch]
+    assert {name: a.shape for name, a in layer.read().items()} == {"flat": (batch, 5, 1), "k": (batch, 2, 5, 1)}
+    assert layer.read(0, 1)["k"].tolist() == [[[[7.0]], [[jnp.float32(7.1)]]]] * batch
+
+
+RING = Ring(window=4, num_sinks=2)
+
+
+def test_slots_of_a_ring():
+    """Sinks keep theirs; of a stretch only the last `window` positions, and no padding, are written."""
+    slots = lambda *positions: RING.slots(jnp.array([positions])).tolist()[0]
+    assert slots(0, 1, 2, 3) == [0, 1, 2, 3]
+    assert slots(5, 6, 7) == [5, 2, 3]
+    assert slots(-1, 0, 1, 2, 3, 4, 5, 6, 7) == [6, 0, 1, 6, 6, 2 + 2, 2 + 3, 2, 3]
+
+
+def test_a_ring_keeps_its_window_and_sinks_whatever_the_parts():
+    for parts in ([1] * 13, [3, 1, 9], [13], [2, 11]):
+        ring, t = caches.empty(({"flat": jax.ShapeDtypeStruct((1, 6, 1), jnp.float32)},), Exact(), RING), 0
+        for size in parts:
+            claim = ring.claim(jnp.arange(t, t + size)[None])
+            layer = claim.layer(0).write({"flat": jnp.arange(t, t + size, dtype=jnp.float32)[None, :, None]})
+            seen = dict(zip(claim.positions_BS[0].tolist(), layer.read()["flat"][0, :, 0].tolist()))
+            band = {p for p in range(t + 1) if t - p < 4 or p < 2}  # what the first query of the part sees
+            assert band <= set(seen) and all(seen[p] == p for p in band)
+            ring, t = claim.written([layer]), t + size
+        assert sorted(ring.positions_BS[0].tolist()) == [0, 1, 9, 10, 11, 12]
+        assert ring.memory[0]["flat"][:, 0].tolist() == ring.positions_BS[0].tolist()
 
 
 def test_reading_a_part():

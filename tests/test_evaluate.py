@@ -21,6 +21,7 @@ from kvjax.decoder import Decoder, DecoderConfig
 from kvjax.evaluate import Score, evaluate, make_scorer
 from kvjax.generate import generate
 from kvjax.progress import track
+from kvjax.sampling import Sampling
 
 VOCAB, CONTEXT, BATCH = 29, 7, 4
 END = VOCAB - 1
@@ -118,7 +119,8 @@ def test_a_wrecked_cache_wrecks_the_score(scored, through, noise):
     """On text that the model wrote itself, and so predicts well."""
     graphdef, params, _ = scored
     prompt_BT = np.full((16, 1), END, np.int32)
-    rows = np.concatenate([prompt_BT, generate(graphdef, params, prompt_BT, CONTEXT, 0.7)], axis=1)
+    made = generate(graphdef, params, list(prompt_BT), CONTEXT, Sampling(0.7))
+    rows = np.concatenate([prompt_BT, np.stack(made.tokens)], axis=1)
     starts = np.arange(17, dtype=np.int64) * (CONTEXT + 1)
     text = Corpus(rows.ravel(), starts, np.full(16, CONTEXT))
     plain, exact = score(graphdef, params, text), score(graphdef, params, text, through)

@@ -15,7 +15,7 @@ from kvjax.attention.low_rank import LowRank
 from kvjax.cache import nbytes
 from kvjax.codecs import Codec, Exact
 from kvjax.decoder import Decoder, DecoderConfig, decodable
-from kvjax.generate import Session, generate, padded, pieces
+from kvjax.generate import Session, generate, padded, pieces, without_cache
 from kvjax.sampling import Sampling
 
 VOCAB = 29
@@ -75,6 +75,15 @@ def test_every_row_is_the_same_prompt_alone(gqa, sampling):
     together = generate(*gqa, PROMPTS, 12, sampling, seeds=[5, 9, 2])
     for prompt, seed, row in zip(PROMPTS, [5, 9, 2], together.tokens):
         np.testing.assert_array_equal(generate(*gqa, [prompt], 12, sampling, seeds=[seed]).tokens[0], row)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.7, top_p=0.9)])
+def test_without_a_cache_the_same_tokens(gqa, sampling):
+    made = generate(*gqa, [PROMPTS[2]], 12, sampling, seeds=4).tokens[0]
+    assert list(without_cache(*gqa, PROMPTS[2], 12, sampling, seed=4)) == made.tolist()
+    stop = int(made[5])
+    ended = list(without_cache(*gqa, PROMPTS[2], 12, sampling, seed=4, stop=[stop]))
+    assert ended == made[: made.tolist().index(stop) + 1].tolist()
 
 
 def test_turns_and_parts_are_one_sequence(gqa):

@@ -11,7 +11,7 @@ from flax import nnx
 
 from kvjax.attention.base import Attention, AttentionConfig
 from kvjax.checks import at_least, even, multiple
-from kvjax.layers import RMSNorm, normal, rotate, subkey
+from kvjax.layers import RMSNorm, from_heads, normal, rotate, subkey, to_heads
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,7 @@ class GroupedAttention(Attention):
 
     def project(self, x_BTD, positions_BT):
         """Queries `BKGTH` and the entry `k_BKTH, v_BKTH`."""
-        q_BNTH = jnp.einsum("BTD,DNH->BNTH", x_BTD, self.q_DNH[...])
-        k_BKTH = jnp.einsum("BTD,DKH->BKTH", x_BTD, self.k_DKH[...])
-        v_BKTH = jnp.einsum("BTD,DKH->BKTH", x_BTD, self.v_DKH[...])
+        q_BNTH, k_BKTH, v_BKTH = (to_heads(x_BTD, w[...]) for w in (self.q_DNH, self.k_DKH, self.v_DKH))
         if self.config.qkv_bias:
             q_BNTH += self.q_bias_NH[...][None, :, None]
             k_BKTH += self.k_bias_KH[...][None, :, None]
@@ -91,7 +89,7 @@ class GroupedAttention(Attention):
 
     def merge(self, heads_BNTV):
         """Every head through its part of the output projection."""
-        return jnp.einsum("BNTH,NHD->BTD", heads_BNTV, self.o_NHD[...])
+        return from_heads(heads_BNTV, self.o_NHD[...])
 
     def score(self, queries, memory, positions_BS):
         """The queries of a group are rows against their one key head."""

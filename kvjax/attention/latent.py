@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from kvjax.attention.base import Attention, AttentionConfig
 from kvjax.checks import at_least, even
-from kvjax.layers import RMSNorm, normal, rotate, subkey
+from kvjax.layers import RMSNorm, from_heads, normal, project, rotate, subkey, to_heads
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,12 @@ class LatentAttention(Attention):
     def project(self, x_BTD, positions_BT):
         """Queries `(q_BNTH, q_rope_BNTP)` and the entry `latent_BTR, k_rope_BTP`."""
         if self.config.query_rank is None:
-            q_BNTE = jnp.einsum("BTD,DNE->BNTE", x_BTD, self.q_DNE[...])
+            q_BNTE = to_heads(x_BTD, self.q_DNE[...])
         else:
-            q_BTQ = self.q_norm(jnp.einsum("BTD,DQ->BTQ", x_BTD, self.q_down_DQ[...]))
-            q_BNTE = jnp.einsum("BTQ,QNE->BNTE", q_BTQ, self.q_up_QNE[...])
+            q_BTQ = self.q_norm(project(x_BTD, self.q_down_DQ[...]))
+            q_BNTE = to_heads(q_BTQ, self.q_up_QNE[...])
         q_BNTH, q_rope_BNTP = jnp.split(q_BNTE, [self.config.nope_dim], axis=-1)
-        c_BTC = jnp.einsum("BTD,DC->BTC", x_BTD, self.kv_down_DC[...])
+        c_BTC = project(x_BTD, self.kv_down_DC[...])
         latent_BTR, k_rope_BTP = jnp.split(c_BTC, [self.config.rank], axis=-1)
         entry = {"latent": self.kv_norm(latent_BTR), "k_rope": self._rotate(k_rope_BTP, positions_BT)}
         return (q_BNTH, self._rotate(q_rope_BNTP, positions_BT)), entry
@@ -107,7 +107,7 @@ class LatentAttention(Attention):
 
     def merge(self, heads_BNTV):
         """Every head through its part of the output projection."""
-        return jnp.einsum("BNTV,NVD->BTD", heads_BNTV, self.o_NVD[...])
+        return from_heads(heads_BNTV, self.o_NVD[...])
 
     def absorb(self, queries):
         """Queries through the keys' up-projection: from here the latent is the key."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from kvjax.attention.base import Attention, AttentionConfig
 from kvjax.checks import at_least, even, one_of
-from kvjax.layers import normal, rotate, subkey
+from kvjax.layers import from_heads, normal, project, rotate, subkey, to_heads
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,14 @@ class LowRankAttention(Attention):
 
     def project(self, x_BTD, positions_BT):
         """Queries `BNTH` and the entry: the latents `BTR`."""
-        q_BNTH = jnp.einsum("BTD,DNH->BNTH", x_BTD, self.q_DNH[...])
+        q_BNTH = to_heads(x_BTD, self.q_DNH[...])
         if self.config.position == "rope":
             q_BNTH = rotate(q_BNTH, positions_BT, self.config.rope_theta)
         if self.config.rank is not None:
-            return q_BNTH, {"latent": jnp.einsum("BTD,DR->BTR", x_BTD, self.down_DR[...])}
+            return q_BNTH, {"latent": project(x_BTD, self.down_DR[...])}
         return q_BNTH, {
-            "latent_k": jnp.einsum("BTD,DR->BTR", x_BTD, self.down_k_DR[...]),
-            "latent_v": jnp.einsum("BTD,DR->BTR", x_BTD, self.down_v_DR[...]),
+            "latent_k": project(x_BTD, self.down_k_DR[...]),
+            "latent_v": project(x_BTD, self.down_v_DR[...]),
         }
 
     def _keys(self, memory, positions_BS):
@@ -122,7 +122,7 @@ class LowRankAttention(Attention):
 
     def merge(self, heads_BNTV):
         """Every head through its part of the output projection."""
-        return jnp.einsum("BNTH,NHD->BTD", heads_BNTV, self.o_NHD[...])
+        return from_heads(heads_BNTV, self.o_NHD[...])
 
     def absorb(self, queries):
         """Queries through the keys' up-projection, where no rotation stands between."""

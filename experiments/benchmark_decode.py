@@ -1,0 +1,161 @@
+"""Time decoding: `python -m experiments.benchmark_decode [--against hf]`, or `... --growth [--config mha ...]`.
+
+The first form times one token a row at four cases, random weights, greedy, in rounds that take
+turns with Hugging Face's `generate` (dynamic and static cache; the better one counts). The second
+times presets at growing cache lengths and batches: what a smaller cache gains. Compilation and
+prefill are outside of the timing; medians (and ranges) over rounds.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from experiments import cli
+from kvjax import host, results
+from kvjax.attention.grouped import Grouped
+from kvjax.attention.latent import Latent
+from kvjax.config import Config, to_dict
+from kvjax.data.config import DataConfig
+from kvjax.decoder import DecoderConfig
+
+SMALL = Config(
+    Grouped(8, 2, head_dim=32), DecoderConfig(width=256, depth=6, mlp_width=1024), DataConfig(tokenizer="bytes")
+)
+SMOLLM2 = Config(
+    Grouped(9, 3, head_dim=64),
+    DecoderConfig(width=576, depth=30, mlp_width=1536),
+    DataConfig(vocab_size=49_152),
+)
+CASES = {
+    "w256-b1": (SMALL, 1, 64),
+    "w256-b8": (SMALL, 8, 64),
+    "smollm2-b1": (SMOLLM2, 1, 64),
+    "smollm2-b4-1024": (SMOLLM2, 4, 1024),
+}
+PRESETS = ("mha", "gqa4", "gqa2", "mqa", "low_rank", "mla")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Time, print, and write the results."""
+    parser = cli.parser("experiments.benchmark_decode", __doc__)
+    parser.add_argument("--case", nargs="+", choices=tuple(CASES), default=tuple(CASES), help="default: all")
+    parser.add_argument("--against", choices=["hf"], help="also time this peer (extra: peers)")
+    parser.add_argument("--growth", action="store_true", help="presets at growing lengths instead of the cases")
+    parser.add_argument("--config", nargs="+", metavar="NAME", default=PRESETS, help="presets of --growth")
+    parser.add_argument(
+        "--lengths", default="256,512,1024,2048,4096,8192", help="tokens in the cache, with --growth"
+    )
+    parser.add_argument("--batches", default="1,8", help="rows, with --growth")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds (default: 5)")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens a row and round (default: 32)")
+    parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="also write the results here")
+    options = parser.parse_args(argv)
+    for name in ("rounds", "tokens"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name}={getattr(options, name)} must be at least 1")
+    if options.growth and options.against:
+        raise ValueError("--against goes with the cases; leave out --growth")
+    host.prepare()
+    if options.growth:
+        lengths, batches = (_integers(n, getattr(options, n)) for n in ("lengths", "batches"))
+        configs = {name: cli.preset(name) for name in options.config}
+        rows = [
+            row for b in batches for n in lengths for row in growth(configs, b, n, options.rounds, options.tokens)
+        ]
+    else:
+        rows = [time_case(name, options.against, options.rounds, options.tokens) for name in options.case]
+    if options.json is not None:
+        results.write_json(options.json, {"rows": rows, "environment": results.environment()})
+    return 0
+
+
+def time_case(name: str, against: str | None, rounds: int, tokens: int) -> dict[str, Any]:
+    """Print and return one case's times, the peer's beside them if asked for."""
+    from kvjax.benchmark import Spread, alternate
+    from kvjax.decode_benchmark import Case, DecodeWorkload, read_bandwidth
+
+    config, batch, filled = CASES[name]
+    with contextlib.ExitStack() as stack:
+        sides: dict[str, Any] = {"bandwidth": read_bandwidth}
+        if against:
+            from kvjax import peers
+
+            for kind in ("dynamic", "static"):
+                worker = peers.Worker(config, batch=batch, filled=filled, tokens=tokens, implementation=kind)
+                sides[kind] = lambda worker=stack.enter_context(worker): worker.seconds(1)
+        ours = DecodeWorkload(Case(config, batch, filled, tokens))
+        sides["kvjax"] = ours.seconds
+        alternate(sides, 1)
+        values = alternate(sides, rounds)
+    spread = {side: Spread.of(v) for side, v in values.items()}
+    total, seconds = ours.weight_bytes + ours.cache_bytes, spread["kvjax"].median
+    row = {
+        "case": name,
+        "batch": batch,
+        "filled": filled,
+        "tokens": tokens,
+        "seconds_per_token": {side: dataclasses.asdict(s) for side, s in spread.items() if side != "bandwidth"},
+        "read_bandwidth": dataclasses.asdict(spread["bandwidth"]),
+        "weight_bytes": ours.weight_bytes,
+        "cache_bytes": ours.cache_bytes,
+        "share_of_bandwidth": total / seconds / spread["bandwidth"].median,
+        "first_prefill_seconds": ours.first_prefill_seconds,
+        "first_round_seconds": ours.first_round_seconds,
+        "config": to_dict(config),
+    }
+    line = f"{name:16} {seconds * 1e3:7.2f} ms/token, {row['share_of_bandwidth']:.0%} of the read bandwidth"
+    if against:
+        row["ratio_to_hf"] = min(spread["dynamic"].median, spread["static"].median) / seconds
+        theirs = ", ".join(f"{kind} {spread[kind].median * 1e3:.2f}" for kind in ("dynamic", "static"))
+        line += f"; Hugging Face {theirs} ms/token: {row['ratio_to_hf']:.2f} times as fast"
+    print(line, flush=True)
+    return row
+
+
+def growth(configs: dict[str, Config], batch: int, filled: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
+    """Print and return the times of presets at one batch and length, side by side."""
+    from kvjax.benchmark import Spread, alternate
+    from kvjax.decode_benchmark import Case, DecodeWorkload
+
+    workloads = {name: DecodeWorkload(Case(config, batch, filled, tokens)) for name, config in configs.items()}
+    for name, config in configs.items():
+        if isinstance(config.attention, Latent):
+            workloads[f"{name} expanded"] = DecodeWorkload(Case(config, batch, filled, tokens), expanded=True)
+    values = alternate({name: w.seconds for name, w in workloads.items()}, rounds)
+    prefill = alternate({name: w.prefill_seconds for name, w in workloads.items()}, 3)
+    rows = []
+    for name, workload in workloads.items():
+        rows.append(
+            {
+                "name": name,
+                "batch": batch,
+                "filled": filled,
+                "seconds_per_token": dataclasses.asdict(Spread.of(values[name])),
+                "prefill_tokens_per_second": batch * filled / Spread.of(prefill[name]).median,
+                "weight_bytes": workload.weight_bytes,
+                "cache_bytes": workload.cache_bytes,
+                "cache_bytes_per_token": workload.bytes_per_token,
+            }
+        )
+        print(
+            f"batch {batch} length {filled:5} {name:14} {rows[-1]['seconds_per_token']['median'] * 1e3:8.2f} ms/token, "
+            f"cache {workload.cache_bytes / 2**20:7.1f} MiB, "
+            f"prefill {rows[-1]['prefill_tokens_per_second']:8,.0f} tokens/s",
+            flush=True,
+        )
+    return rows
+
+
+def _integers(name, text):
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise ValueError(f"--{name} {text!r} must be integers of at least 1, as 256,512,1024")
+    return numbers
+
+
+if __name__ == "__main__":
+    cli.main(run)

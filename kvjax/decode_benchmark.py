@@ -1,0 +1,106 @@
+"""Timing of decoding: one token a row and step, from a cache that holds a given number of tokens.
+
+B batch, T tokens.
+"""
+
+import math
+import statistics
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kvjax.cache import nbytes
+from kvjax.codecs.base import Codec
+from kvjax.config import Config
+from kvjax.dry_run import vocabulary
+from kvjax.generate import ROUND_SLOTS, Session, padded
+from kvjax.train import cast, compute_dtype
+
+BANDWIDTH_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed: a model, a batch, and how many tokens its cache holds when the timing starts."""
+
+    config: Config
+    batch: int
+    filled: int
+    tokens: int = 32
+    """Tokens a row and round."""
+
+
+class DecodeWorkload:
+    """Greedy generation by random weights from a filled cache; every round starts from the same one."""
+
+    def __init__(self, case: Case, codec: Codec | None = None, expanded: bool = False):
+        """`expanded` reads the cache in expanded form, where decoding would take the absorbed one."""
+        self.case, config = case, case.config
+        model = config.build(vocabulary(config.data))
+        if expanded:
+            for block in model.layers:
+                block.attention.expand_from = 1
+        graphdef, params = nnx.split(model)
+        params = cast(params, compute_dtype(config.train.dtype))
+        slots = padded(case.filled) + case.tokens
+        slots += -slots % math.lcm(ROUND_SLOTS, (codec.chunk if codec else None) or 1)
+        self._session = Session(graphdef, params, case.batch, slots, codec)
+        started = time.perf_counter()
+        self._session.feed(random_prompts(case, vocabulary(config.data)))
+        self._state = jax.block_until_ready(self._session.state)
+        self.first_prefill_seconds = time.perf_counter() - started
+        """With compilation."""
+        started = time.perf_counter()
+        self.seconds()
+        self.first_round_seconds = time.perf_counter() - started
+        """With compilation."""
+        # A tied embedding is read whole for the logits; of an untied one a step reads a row.
+        untied = 0 if config.decoder.tie_embeddings else nbytes(params["embedding_VD"])
+        self.weight_bytes = nbytes(params) - untied
+        self.cache_bytes = nbytes(self._session.cache.memory)
+        self.bytes_per_token = self._session.cache.bytes_per_token()
+
+    def seconds(self) -> float:
+        """Time of one token for every row, the mean over a round."""
+        self._session.state = jax.block_until_ready(jax.tree.map(jnp.copy, self._state))
+        started = time.perf_counter()
+        self._session.generate(self.case.tokens)
+        jax.block_until_ready(self._session.state)
+        return (time.perf_counter() - started) / self.case.tokens
+
+    def prefill_seconds(self) -> float:
+        """Time of reading the prompts into an empty cache."""
+        session = self._session
+        fresh = Session(
+            session.graphdef, session.params, self.case.batch, session.cache.max_len, session.cache.codec
+        )
+        prompts = random_prompts(self.case, session.vocab_size)
+        started = time.perf_counter()
+        fresh.feed(prompts)
+        jax.block_until_ready(fresh.state)
+        return time.perf_counter() - started
+
+
+def random_prompts(case: Case, vocab_size: int) -> np.ndarray:
+    """Uniform random ids `BT`, int32."""
+    return np.random.default_rng(0).integers(0, vocab_size, (case.batch, case.filled), dtype=np.int32)
+
+
+def read_bandwidth(runs: int = 5) -> float:
+    """Bytes a second at which the device reads 256 MiB: the better of a sum and a matrix-vector product."""
+    a = jnp.ones((2**13, BANDWIDTH_BYTES // 4 // 2**13))
+    v = jnp.ones(a.shape[0])
+    best = []
+    for f in (jax.jit(lambda a, v: a.sum()), jax.jit(lambda a, v: v @ a)):
+        f(a, v).block_until_ready()
+        seconds = []
+        for _ in range(runs):
+            started = time.perf_counter()
+            f(a, v).block_until_ready()
+            seconds.append(time.perf_counter() - started)
+        best.append(statistics.median(seconds))
+    return a.nbytes / min(best)
