@@ -60,9 +60,8 @@ def run(argv: Sequence[str]) -> int:
     if options.growth:
         lengths, batches = (_integers(n, getattr(options, n)) for n in ("lengths", "batches"))
         configs = {name: cli.preset(name) for name in options.config}
-        rows = [
-            row for b in batches for n in lengths for row in growth(configs, b, n, options.rounds, options.tokens)
-        ]
+        cases = [(batch, length) for batch in batches for length in lengths]
+        rows = [row for case in cases for row in growth(configs, *case, options.rounds, options.tokens)]
     else:
         rows = [time_case(name, options.against, options.rounds, options.tokens) for name in options.case]
     if options.json is not None:
@@ -83,7 +82,8 @@ def time_case(name: str, against: str | None, rounds: int, tokens: int) -> dict[
 
             for kind in ("dynamic", "static"):
                 worker = peers.Worker(config, batch=batch, filled=filled, tokens=tokens, implementation=kind)
-                sides[kind] = lambda worker=stack.enter_context(worker): worker.seconds(1)
+                stack.enter_context(worker)
+                sides[kind] = lambda worker=worker: worker.seconds(1)
         ours = DecodeWorkload(Case(config, batch, filled, tokens))
         sides["kvjax"] = ours.seconds
         alternate(sides, 1)
@@ -138,8 +138,9 @@ def growth(configs: dict[str, Config], batch: int, filled: int, rounds: int, tok
                 "cache_bytes_per_token": workload.bytes_per_token,
             }
         )
+        milliseconds = rows[-1]["seconds_per_token"]["median"] * 1e3
         print(
-            f"batch {batch} length {filled:5} {name:14} {rows[-1]['seconds_per_token']['median'] * 1e3:8.2f} ms/token, "
+            f"batch {batch} length {filled:5} {name:14} {milliseconds:8.2f} ms/token, "
             f"cache {workload.cache_bytes / 2**20:7.1f} MiB, "
             f"prefill {rows[-1]['prefill_tokens_per_second']:8,.0f} tokens/s",
             flush=True,

@@ -33,8 +33,8 @@ def test_rows_at_once_equal_rows_one_by_one():
     do = jnp.cos(jnp.arange(6 * 2 * 70 * 4, dtype=jnp.float32)).reshape(6, 2, 70, 4)
 
     def both(over_rows):
-        out, lse = over_rows(lambda *row: heads._row_forward(*row, 0.4))(q, k, v)
-        return out, over_rows(lambda *row: heads._row_backward(*row, 0.4))(q, k, v, out, lse, do)
+        out, lse = over_rows(lambda *row: heads._row_forward(*row, 0.4, heads.CAUSAL))(q, k, v)
+        return out, over_rows(lambda *row: heads._row_backward(*row, 0.4, heads.CAUSAL))(q, k, v, out, lse, do)
 
     at_once = jax.jit(lambda: both(jax.vmap))()
     one_by_one = jax.jit(lambda: both(lambda f: lambda *rows: jax.lax.map(lambda row: f(*row), rows)))()
