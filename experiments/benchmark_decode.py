@@ -124,25 +124,28 @@ def growth(configs: dict[str, Config], batch: int, filled: int, rounds: int, tok
             workloads[f"{name} expanded"] = DecodeWorkload(Case(config, batch, filled, tokens), expanded=True)
     values = alternate({name: w.seconds for name, w in workloads.items()}, rounds)
     prefill = alternate({name: w.prefill_seconds for name, w in workloads.items()}, 3)
+    alternate({name: w.whole_seconds for name, w in workloads.items()}, 1)
+    whole = alternate({name: w.whole_seconds for name, w in workloads.items()}, 3)
     rows = []
     for name, workload in workloads.items():
+        time = Spread.of(values[name])
+        speed = batch * filled / Spread.of(prefill[name]).median
         rows.append(
             {
                 "name": name,
                 "batch": batch,
                 "filled": filled,
-                "seconds_per_token": dataclasses.asdict(Spread.of(values[name])),
-                "prefill_tokens_per_second": batch * filled / Spread.of(prefill[name]).median,
+                "seconds_per_token": dataclasses.asdict(time),
+                "seconds_per_token_without_cache": dataclasses.asdict(Spread.of(whole[name])),
+                "prefill_tokens_per_second": speed,
                 "weight_bytes": workload.weight_bytes,
                 "cache_bytes": workload.cache_bytes,
                 "cache_bytes_per_token": workload.bytes_per_token,
             }
         )
-        milliseconds = rows[-1]["seconds_per_token"]["median"] * 1e3
         print(
-            f"batch {batch} length {filled:5} {name:14} {milliseconds:8.2f} ms/token, "
-            f"cache {workload.cache_bytes / 2**20:7.1f} MiB, "
-            f"prefill {rows[-1]['prefill_tokens_per_second']:8,.0f} tokens/s",
+            f"batch {batch} length {filled:5} {name:14} {time.median * 1e3:8.2f} ms/token, "
+            f"cache {workload.cache_bytes / 2**20:7.1f} MiB, prefill {speed:8,.0f} tokens/s",
             flush=True,
         )
     return rows

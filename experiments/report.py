@@ -64,10 +64,49 @@ def training_contexts(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def decoding(rows: Rows) -> str:
+    """One line a case against Hugging Face."""
+    lines = [
+        "| case | kvjax ms/token | Hugging Face, dynamic / static cache | times as fast | share of read bandwidth |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for file in rows.values():
+        for row in file["rows"]:
+            ms = {side: spread["median"] * 1e3 for side, spread in row["seconds_per_token"].items()}
+            lines.append(
+                f"| `{row['case']}` | {ms['kvjax']:.2f} | {ms['dynamic']:.2f} / {ms['static']:.2f} "
+                f"| {row['ratio_to_hf']:.2f} | {row['share_of_bandwidth']:.0%} |"
+            )
+    return "\n".join(lines)
+
+
+def decoding_growth(rows: Rows) -> str:
+    """ms/token of every preset at every batch and length."""
+    (file,) = rows.values()
+    lengths = sorted({row["filled"] for row in file["rows"]})
+    lines = [
+        f"| batch | preset | {' | '.join(f'{n:,}' for n in lengths)} | cache bytes/token | prefill tokens/s |",
+        f"|---:|---|{'---:|' * (len(lengths) + 2)}",
+    ]
+    series: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}
+    for row in file["rows"]:
+        series.setdefault((row["batch"], row["name"]), {})[row["filled"]] = row
+    for (batch, name), row in series.items():
+        times = " | ".join(f"{row[n]['seconds_per_token']['median'] * 1e3:.2f}" for n in lengths)
+        last = row[lengths[-1]]
+        lines.append(
+            f"| {batch} | {name} | {times} | {last['cache_bytes_per_token']:,.0f} "
+            f"| {row[lengths[0]]['prefill_tokens_per_second']:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Rows], str]] = {
     "presets": presets,
     "training_speed": training_speed,
     "training_contexts": training_contexts,
+    "decoding": decoding,
+    "decoding_growth": decoding_growth,
 }
 
 

@@ -17,7 +17,8 @@ from kvjax.cache import nbytes
 from kvjax.codecs.base import Codec
 from kvjax.config import Config
 from kvjax.dry_run import vocabulary
-from kvjax.generate import ROUND_SLOTS, Session, padded
+from kvjax.generate import ROUND_SLOTS, Session, padded, whole
+from kvjax.sampling import GREEDY
 from kvjax.train import cast, compute_dtype
 
 BANDWIDTH_BYTES = 2**28
@@ -82,6 +83,16 @@ class DecodeWorkload:
         started = time.perf_counter()
         fresh.feed(prompts)
         jax.block_until_ready(fresh.state)
+        return time.perf_counter() - started
+
+    def whole_seconds(self) -> float:
+        """Time of one token of the first row from the whole text before it, without a cache."""
+        session = self._session
+        tokens_1T = random_prompts(self.case, session.vocab_size)[:1]
+        numbers, key = GREEDY.numbers(session.vocab_size), jax.random.key(0)
+        started = time.perf_counter()
+        arguments = session.params, tokens_1T, self.case.filled - 1, key, 0, numbers
+        whole(session.graphdef, GREEDY.form, *arguments).block_until_ready()
         return time.perf_counter() - started
 
 

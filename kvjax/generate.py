@@ -188,7 +188,7 @@ def without_cache(
     for i in range(num_tokens):
         tokens_1T = np.zeros((1, -(-len(tokens) // ROUND_SLOTS) * ROUND_SLOTS), np.int32)
         tokens_1T[0, : len(tokens)] = tokens
-        token = int(_whole(graphdef, sampling.form, params, tokens_1T, len(tokens) - 1, key, i, numbers))
+        token = int(whole(graphdef, sampling.form, params, tokens_1T, len(tokens) - 1, key, i, numbers))
         tokens.append(token)
         yield token
         if token in stop:
@@ -196,7 +196,8 @@ def without_cache(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _whole(graphdef, form, params, tokens_1T, last, key, i, numbers):
+def whole(graphdef, form, params, tokens_1T, last, key, i, numbers):
+    """The token after `last`, the i-th made, from all tokens up to it."""
     model = nnx.merge(graphdef, params)
     x_1TD, _ = model.hidden(tokens_1T)
     logits_1V = model.logits(lax.dynamic_slice_in_dim(x_1TD, last, 1, axis=1))[:, 0]

@@ -394,7 +394,7 @@ def test_metrics_of_a_step_are_read_while_the_next_runs(tmp_path, monkeypatch):
 
 def test_description_names_what_is_trained():
     lines = loop.describe(CONFIG, 257, np.dtype("float32"))
-    assert lines[0].startswith("Grouped(num_heads=2, num_kv_heads=1, head_dim=4, ")
+    assert lines[0].startswith("Grouped(num_heads=2, ") and ", num_kv_heads=1, head_dim=4, " in lines[0]
     assert "32 cache bytes per token in float32" in lines[1]
     assert "12 steps x 4 x 8 tokens of sotu" in lines[2]
     scanned = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, scan=True))

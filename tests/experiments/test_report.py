@@ -30,10 +30,10 @@ def test_docstring_of_a_preset_tells_its_row(name):
 
 def test_rows_are_of_the_presets_as_they_are_now():
     from experiments import cli
-    from kvjax.config import to_dict
+    from kvjax.config import from_dict
 
     for name, row in ROWS.items():
-        assert row["config"] == to_dict(cli.preset(name)), f"{name} was changed after its run"
+        assert from_dict(row["config"]) == cli.preset(name), f"{name} was changed after its run"
 
 
 def test_insert_needs_its_marks():
