@@ -67,7 +67,7 @@ def training_contexts(rows: Rows) -> str:
 def decoding(rows: Rows) -> str:
     """One line a case against Hugging Face."""
     lines = [
-        "| case | kvjax ms/token | Hugging Face, dynamic / static cache | times as fast | share of read bandwidth |",
+        "| case | kvjax ms/token | Hugging Face, dynamic / static | times as fast | share of read bandwidth |",
         "|---|---:|---:|---:|---:|",
     ]
     for file in rows.values():

@@ -28,14 +28,14 @@ def num_parameters(params: Any) -> int:
 def flops_per_token(config: Config, vocab_size: int, context: int, training: bool) -> float:
     """Matrix-product FLOPs of one token in a sequence of `context`: forward, or forward and backward.
 
-    Two per multiply-add; a token attends to (context + 1) / 2 slots on average; the embedding's
-    look-up counts nothing, its use as the output matrix does. Backward is twice forward
-    (Kaplan et al. 2020, section 2.1), recomputation is not counted.
+    Two per multiply-add; a token attends to (context + 1) / 2 slots on average, or to those of its
+    window and sinks; the embedding's look-up counts nothing, its use as the output matrix does.
+    Backward is twice forward (Kaplan et al. 2020, section 2.1), recomputation is not counted.
     """
     weights = num_parameters(abstract_params(config, vocab_size))
     if not config.decoder.tie_embeddings:
         weights -= vocab_size * config.decoder.width
-    slots = (context + 1) / 2
+    slots = sum(config.attention.band.num_seen(t) for t in range(context)) / context
     forward = 2 * weights + config.decoder.depth * config.attention.flops_per_slot() * slots
     return forward * (3 if training else 1)
 

@@ -24,6 +24,8 @@ PROMPTS = [RNG.integers(0, VOCAB, n).astype(np.int32) for n in (5, 1, 19)]
 VARIANTS = {
     "grouped": Grouped(6, 2, head_dim=10),
     "windowed": Grouped(6, 2, head_dim=10, window=7, num_sinks=3),
+    "windowed_mla": Latent(6, rank=13, rope_dim=4, nope_dim=3, value_dim=5, window=5, num_sinks=1),
+    "windowed_low_rank": LowRank(6, head_dim=4, rank=11, window=4),
     "low_rank": LowRank(6, head_dim=4, rank=11),
     "no_position": LowRank(6, head_dim=4, rank=None, rank_k=7, rank_v=11, position="none"),
     "mla": Latent(6, rank=13, rope_dim=4, nope_dim=3, value_dim=5),
@@ -247,6 +249,27 @@ def test_a_window_matters():
     """The same weights without a window make another text."""
     made = [np.stack(generate(*model_of(VARIANTS[n]), PROMPTS, 20).tokens) for n in ("windowed", "grouped")]
     assert (made[0] != made[1]).any()
+
+
+@pytest.mark.parametrize("name", ["windowed", "windowed_mla", "windowed_low_rank"])
+def test_a_ring_equals_the_band_for_every_split(name, error):
+    """Logits at every position, in parts of 1, 3, 8 and 19 tokens, one row six tokens behind."""
+    graphdef, params = model_of(VARIANTS[name])
+    step = jax.jit(lambda params, ids, positions, cache: nnx.merge(graphdef, params)(ids, positions, cache))
+    tokens_BT = RNG.integers(0, VOCAB, (2, 31)).astype(np.int32)
+    positions_BT = np.arange(31)[None] - np.array([[0], [6]])
+    positions_BT = np.where(positions_BT < 0, -1, positions_BT).astype(np.int32)
+    logits = forward_of(graphdef, params)
+    right = [logits(tokens_BT[0]), logits(tokens_BT[1, 6:])]
+    for parts in ([1] * 31, [8, 1, 19, 3], [19, 1, 1, 1, 8, 1], [31]):
+        cache, got, start = nnx.merge(graphdef, params).init_cache(2, 500, Exact()), [], 0
+        for size in parts:
+            now = slice(start, start + size)
+            made, cache = step(params, tokens_BT[:, now], positions_BT[:, now], cache)
+            got.append(np.asarray(made))
+            start += size
+        got = np.concatenate(got, axis=1)
+        assert max(error(got[0], right[0]), error(got[1, 6:], right[1])) < 2e-5
 
 
 # Refusals

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from kvjax.attention.base import Attention, AttentionConfig
 from kvjax.checks import at_least, even, multiple
@@ -93,7 +94,10 @@ class GroupedAttention(Attention):
 
     def score(self, queries, memory, positions_BS):
         """The queries of a group are rows against their one key head."""
-        logits_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", queries, memory["k"])
+        if queries.shape[3] == 1:
+            logits_BKGTS = lax.platform_dependent(queries, memory["k"], cpu=_scores_by_query, default=_scores)
+        else:
+            logits_BKGTS = _scores(queries, memory["k"])
         B, K, G, T, S = logits_BKGTS.shape
         return logits_BKGTS.reshape(B, K * G, T, S)
 
@@ -107,3 +111,14 @@ class GroupedAttention(Attention):
     def output(self, mixed_BNTM):
         """A reading already is the heads."""
         return self.merge(mixed_BNTM)
+
+
+def _scores(q_BKGTH, k_BKSH):
+    return jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
+
+
+def _scores_by_query(q_BKGTH, k_BKSH):
+    """One matrix-vector product a query head: XLA:CPU's product with a few rows takes twice as long."""
+    G = q_BKGTH.shape[2]
+    logits = [jnp.einsum("BKH,BKSH->BKS", q_BKGTH[:, :, g, 0], k_BKSH) for g in range(G)]
+    return jnp.stack(logits, axis=2)[:, :, :, None]

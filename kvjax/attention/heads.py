@@ -29,6 +29,12 @@ class Band(NamedTuple):
             return seen
         return seen & ((t - s < self.window) | (s < self.num_sinks))
 
+    def num_seen(self, t: int) -> int:
+        """Positions that a query at position t sees."""
+        if self.window is None or t < self.window:
+            return t + 1
+        return self.window + min(self.num_sinks, t + 1 - self.window)
+
 
 CAUSAL = Band()
 

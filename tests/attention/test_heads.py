@@ -115,6 +115,12 @@ def test_a_window_with_sinks(T, window, num_sinks, error, quick_jit):
         assert error(got, right) < 2e-5
 
 
+@pytest.mark.parametrize("band", [Band(), Band(5), Band(5, 2), Band(1, 3), Band(19, 4)])
+def test_number_of_positions_seen_is_the_masks(band):
+    mask_TT = np.asarray(band.sees(jnp.arange(17)[:, None], jnp.arange(17)[None]))
+    assert mask_TT.sum(-1).tolist() == [band.num_seen(t) for t in range(17)]
+
+
 def test_a_window_of_the_whole_length_changes_nothing(quick_jit):
     whole, banded = (
         with_gradients(f, quick_jit)(*draw(65)) for f in (blocked, functools.partial(blocked, band=Band(65)))

@@ -73,6 +73,8 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
             "--config tiny --attention.num-kv-heads 3",
             ["attention: num_heads=4 must be a multiple of num_kv_heads=3; nearest num_kv_heads: 2"],
         ),
+        ("--config tiny --attention.window 0", ["attention: window=0 must be at least 1"]),
+        ("--config tiny --attention.num-sinks 4", ["attention: num_sinks=4 must go with a window"]),
         ("--config tiny --attention.num-heads 0", ["attention: num_heads=0 must be at least 1"]),
         ("--config tiny --attention.head-dim 7", ["attention: head_dim=7 must be even; the nearest are 6 and 8"]),
         ("--config mla --attention.rope-dim 5", ["attention: rope_dim=5 must be even; the nearest are 4 and 6"]),
