@@ -55,9 +55,10 @@ def run(argv: Sequence[str]) -> int:
     matplotlib.use("agg")
     matplotlib.rcParams["svg.hashsalt"] = "kvjax"
     FIGURES.mkdir(exist_ok=True)
-    (row,) = read_rows("decoding_growth").values()
-    cores, model = row["environment"]["cpu_cores"], row["environment"]["cpu_model"]
-    figure = decoding(row["rows"], f"{cores} CPU cores ({model}, shared)")
+    files = list(read_rows("decoding_growth").values())
+    cores, model = files[0]["environment"]["cpu_cores"], files[0]["environment"]["cpu_model"]
+    rows = [row for file in files for row in file["rows"]]
+    figure = decoding(rows, f"{cores} CPU cores ({model}, shared)")
     for kind in ("svg", "png"):
         figure.savefig(FIGURES / f"decoding.{kind}", dpi=130, metadata={"Date": None} if kind == "svg" else None)
     print(f"wrote {FIGURES}/decoding.svg and .png")

@@ -81,22 +81,22 @@ def decoding(rows: Rows) -> str:
 
 
 def decoding_growth(rows: Rows) -> str:
-    """ms/token of every preset at every batch and length."""
-    (file,) = rows.values()
-    lengths = sorted({row["filled"] for row in file["rows"]})
+    """ms/token of every preset at every batch and length, a row of the table for each preset and batch."""
+    every = [row for file in rows.values() for row in file["rows"]]
+    lengths = sorted({row["filled"] for row in every})
     lines = [
         f"| batch | preset | {' | '.join(f'{n:,}' for n in lengths)} | cache bytes/token | prefill tokens/s |",
         f"|---:|---|{'---:|' * (len(lengths) + 2)}",
     ]
     series: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}
-    for row in file["rows"]:
+    for row in every:
         series.setdefault((row["batch"], row["name"]), {})[row["filled"]] = row
     for (batch, name), row in series.items():
-        times = " | ".join(f"{row[n]['seconds_per_token']['median'] * 1e3:.2f}" for n in lengths)
-        last = row[lengths[-1]]
+        ms = {n: f"{r['seconds_per_token']['median'] * 1e3:.2f}" for n, r in row.items()}
+        first = row[min(row)]
         lines.append(
-            f"| {batch} | {name} | {times} | {last['cache_bytes_per_token']:,.0f} "
-            f"| {row[lengths[0]]['prefill_tokens_per_second']:,.0f} |"
+            f"| {batch} | {name} | {' | '.join(ms.get(n, '') for n in lengths)} "
+            f"| {first['cache_bytes_per_token']:,.0f} | {first['prefill_tokens_per_second']:,.0f} |"
         )
     return "\n".join(lines)
 

@@ -19,6 +19,8 @@ from kvjax.checks import at_least
 from kvjax.codecs.base import Codec, Exact
 from kvjax.sampling import GREEDY, Sampling, choose
 
+Prompts = Sequence[Sequence[int] | np.ndarray] | np.ndarray
+
 PIECE = 16  # prompts are padded to a multiple of this many tokens
 LONGEST_PIECE = 256  # and read in parts of PIECE * 2^i up to this many
 ROUND_SLOTS = 64
@@ -67,7 +69,7 @@ class Session:
     def state(self, state: tuple[Cache, jax.Array | None, jax.Array]) -> None:
         self.cache, self._logits_BV, self._positions_B = state
 
-    def feed(self, prompts: Sequence[Sequence[int] | np.ndarray], then: int = 0) -> None:
+    def feed(self, prompts: Prompts, then: int = 0) -> None:
         """Read one prompt a row, of any lengths; ValueError if they, and `then` more tokens, do not fit."""
         rows = [_row(prompt, i, self.vocab_size) for i, prompt in enumerate(prompts)]
         if len(rows) != self.batch:
@@ -145,7 +147,7 @@ class Session:
 def generate(
     graphdef: nnx.GraphDef,
     params: Any,
-    prompts: Sequence[Sequence[int] | np.ndarray],
+    prompts: Prompts,
     num_tokens: int,
     sampling: Sampling = GREEDY,
     seeds: int | Sequence[int] = 0,

@@ -87,7 +87,8 @@ class AttentionConfig(abc.ABC):
 class Attention(nnx.Module):
     """Base of all variants: `cache=None` is training; prefill and decoding pass a cache."""
 
-    config: AttentionConfig
+    config: Any
+    """The variant's AttentionConfig, whose `band` its queries see."""
     scale: float
     """What the logits are multiplied by before the softmax."""
     expand_from: int = 2
