@@ -1,7 +1,7 @@
 """Softmax attention over explicit heads: the fused reading of long sequences.
 
-B batch, K kv heads, G query heads a kv head, T queries, S slots, H key dim, V value dim,
-X = B * K rows, Q = G * (queries of a block), E slots a block sees.
+B batch, N query heads, K kv heads, G query heads a kv head, T queries, S slots, H key dim, V value dim,
+R latent rank, X = B * K rows, Q = G * (queries of a block), E slots a block sees.
 """
 
 import functools
@@ -69,6 +69,14 @@ def _causal_backward(scale, band, residuals, do_XGTV):
 
 
 _causal.defvjp(_causal_forward, _causal_backward)
+
+
+def shared_scores(q_BNTR: jax.Array, k_BSR: jax.Array) -> jax.Array:
+    """Scores `BNTS` of all heads against one memory that they share.
+
+    The memory stands left: on the right XLA:CPU transposes a copy of it, at every token.
+    """
+    return jnp.moveaxis(jnp.einsum("BSR,BNTR->BSNT", k_BSR, q_BNTR), 1, -1)
 
 
 def _over_rows(f, *rows):

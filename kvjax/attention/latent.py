@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.attention.base import Attention, AttentionConfig
+from kvjax.attention.heads import shared_scores
 from kvjax.checks import at_least, even
 from kvjax.layers import RMSNorm, from_heads, normal, project, rotate, subkey, to_heads
 
@@ -117,8 +118,7 @@ class LatentAttention(Attention):
     def score(self, queries, memory, positions_BS):
         """Multi-query scores against the latent, plus those of the shared rotary key."""
         q_BNTR, q_rope_BNTP = queries
-        logits_BNTS = jnp.einsum("BNTR,BSR->BNTS", q_BNTR, memory["latent"])
-        return logits_BNTS + jnp.einsum("BNTP,BSP->BNTS", q_rope_BNTP, memory["k_rope"])
+        return shared_scores(q_BNTR, memory["latent"]) + shared_scores(q_rope_BNTP, memory["k_rope"])
 
     def mix(self, probs_BNTS, memory):
         """Weighted latents: values are rebuilt once, after the sum."""

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.attention.base import Attention, AttentionConfig
+from kvjax.attention.heads import shared_scores
 from kvjax.checks import at_least, even, one_of
 from kvjax.layers import from_heads, normal, project, rotate, subkey, to_heads
 
@@ -134,7 +135,7 @@ class LowRankAttention(Attention):
         """Against rebuilt, rotated keys; against the latents themselves without positions."""
         if self.config.position == "rope":
             return jnp.einsum("BNTH,BNSH->BNTS", queries, self._keys(memory, positions_BS))
-        return jnp.einsum("BNTR,BSR->BNTS", queries, memory[self.key_latent])
+        return shared_scores(queries, memory[self.key_latent])
 
     def mix(self, probs_BNTS, memory):
         """Weighted latents: values are rebuilt once, after the sum."""
