@@ -205,3 +205,11 @@ def decodable(graphdef: nnx.GraphDef[Decoder], params: Any) -> tuple[nnx.GraphDe
     """Structure and parameters of the same model in a form that can decode."""
     model = nnx.merge(graphdef, params)
     return nnx.split(unscanned(model)) if model.config.scan else (graphdef, params)
+
+
+def fused(graphdef: nnx.GraphDef[Decoder], params: Any) -> tuple[nnx.GraphDef[Decoder], Any]:
+    """The same model with the weights of its layers joined for decoding, once, outside of any loop."""
+    model = nnx.merge(graphdef, params)
+    for block in model.layers:
+        block.attention.fuse()
+    return nnx.split(model)

@@ -17,6 +17,7 @@ from jax import lax
 from kvjax.cache import Cache
 from kvjax.checks import at_least
 from kvjax.codecs.base import Codec, Exact
+from kvjax.decoder import fused
 from kvjax.sampling import GREEDY, Sampling, choose
 
 Prompts = Sequence[Sequence[int] | np.ndarray] | np.ndarray
@@ -48,13 +49,13 @@ class Session:
         cache: Cache | None = None,
     ):
         """An empty cache of `max_len` slots, or the one given; ValueError if it was built for other shapes."""
-        self.graphdef, self.params = graphdef, params
         model = nnx.merge(graphdef, params)
         self.vocab_size, self.batch = model.vocab_size, batch
         if cache is None:
             cache = model.init_cache(batch, max_len, codec or Exact())
         else:
             _check_cache(cache, jax.eval_shape(lambda: model.init_cache(batch, max_len, cache.codec)))
+        self.graphdef, self.params = fused(graphdef, params)
         self.cache = cache
         self._positions_B = jnp.asarray(cache.positions_BS.max(-1) + 1)
         self._logits_BV: jax.Array | None = None

@@ -17,7 +17,7 @@ from kvjax.attention.latent import Latent
 from kvjax.attention.low_rank import LowRank
 from kvjax.cache import nbytes
 from kvjax.codecs import Exact
-from kvjax.decoder import Decoder, DecoderConfig
+from kvjax.decoder import Decoder, DecoderConfig, fused
 from kvjax.sampling import GREEDY
 
 SLOTS, VOCAB = 2048, 29
@@ -32,7 +32,7 @@ VARIANTS = {
 
 def compiled(attention, batch):
     config = DecoderConfig(width=32, depth=8, mlp_width=64)
-    graphdef, params = nnx.split(Decoder(config, attention, VOCAB, jax.random.key(0)))
+    graphdef, params = fused(*nnx.split(Decoder(config, attention, VOCAB, jax.random.key(0))))
     cache = nnx.merge(graphdef, params).init_cache(batch, SLOTS, Exact())
     state = cache, jnp.zeros((batch, VOCAB)), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool)
     keys_B, stop_E = jax.random.split(jax.random.key(0), batch), jnp.zeros(16, jnp.int32)

@@ -16,7 +16,7 @@ from kvjax import primer
 from kvjax.attention.grouped import Grouped
 from kvjax.attention.latent import Latent
 from kvjax.codecs import Exact
-from kvjax.decoder import Decoder, DecoderConfig, unscanned
+from kvjax.decoder import Decoder, DecoderConfig, fused, unscanned
 
 GROUPED = Grouped(6, 2, head_dim=10)
 LATENT = Latent(6, rank=13, rope_dim=4, nope_dim=3, value_dim=5)
@@ -248,3 +248,22 @@ def test_caches_of_no_size(batch, max_len, message, model_of):
 def test_wrong_fields(field, value, rule):
     with pytest.raises(ValueError, match=f"{field}={value} {rule}"):
         DecoderConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "config", [Grouped(6, 2, head_dim=10, qk_norm=True, qkv_bias=True), Grouped(6, 6, head_dim=10)]
+)
+def test_fused_weights_are_the_same_model(config, error):
+    """One product for query, key and value; every other weight is the same array."""
+    graphdef, params = nnx.split(
+        Decoder(DecoderConfig(width=23, depth=2, mlp_width=31), config, 29, jax.random.key(0))
+    )
+    params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), params)
+    tokens_BT = np.random.default_rng(0).integers(0, 29, (3, 11), np.int32)
+    right, _ = nnx.merge(graphdef, params)(tokens_BT)
+    graphdef_fused, params_fused = fused(graphdef, params)
+    made, _ = nnx.merge(graphdef_fused, params_fused)(tokens_BT)
+    assert error(made, np.asarray(right, np.float64)) < 2e-5
+    assert sum(a.size for a in jax.tree.leaves(params)) == sum(a.size for a in jax.tree.leaves(params_fused))
+    assert len(jax.tree.leaves(params)) == len(jax.tree.leaves(params_fused)) + 2 * 2
+    assert nnx.merge(graphdef, params).layers[0].attention.q_DNH.shape == (23, config.num_heads, 10)  # untouched

@@ -20,7 +20,7 @@ from kvjax import generate
 from kvjax.attention.latent import Latent
 from kvjax.cache import nbytes
 from kvjax.codecs import Exact
-from kvjax.decoder import DecoderConfig
+from kvjax.decoder import DecoderConfig, fused
 from kvjax.sampling import GREEDY
 
 pytestmark = pytest.mark.skipif(
@@ -86,7 +86,12 @@ def on(device, tree):
 
 def decode_program(config, device):
     """The generation loop, its cache, and the layers' shapes."""
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: config.build(config.data.vocab_size)))
+
+    def build():
+        model = config.build(config.data.vocab_size)
+        return nnx.merge(*fused(*nnx.split(model)))
+
+    graphdef, params = nnx.split(nnx.eval_shape(build))
     params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), params)
 
     def state(params):

@@ -108,6 +108,9 @@ class Attention(nnx.Module):
     def merge(self, heads_BNTV: jax.Array) -> jax.Array:
         """The variant's result `y_BTD` from the heads' weighted values."""
 
+    def fuse(self) -> None:
+        """Join weights that read the same input, as decoding wants them: fewer, larger products a token."""
+
     def absorb(self, queries: Queries) -> Queries:
         """Queries in the form that `score` takes: what can be done once, before the slots are read."""
         return queries

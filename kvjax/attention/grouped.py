@@ -12,7 +12,7 @@ from jax import lax
 
 from kvjax.attention.base import Attention, AttentionConfig
 from kvjax.checks import at_least, even, multiple
-from kvjax.layers import RMSNorm, from_heads, normal, rotate, subkey, to_heads
+from kvjax.layers import RMSNorm, from_heads, normal, project, rotate, subkey, to_heads
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class GroupedAttention(Attention):
 
     def project(self, x_BTD, positions_BT):
         """Queries `BKGTH` and the entry `k_BKTH, v_BKTH`."""
-        q_BNTH, k_BKTH, v_BKTH = (to_heads(x_BTD, w[...]) for w in (self.q_DNH, self.k_DKH, self.v_DKH))
+        q_BNTH, k_BKTH, v_BKTH = self._heads(x_BTD)
         if self.config.qkv_bias:
             q_BNTH += self.q_bias_NH[...][None, :, None]
             k_BKTH += self.k_bias_KH[...][None, :, None]
@@ -83,6 +83,21 @@ class GroupedAttention(Attention):
         B, N, T, H = q_BNTH.shape
         K = self.config.num_kv_heads
         return q_BNTH.reshape(B, K, N // K, T, H), {"k": k_BKTH, "v": v_BKTH}
+
+    def _heads(self, x_BTD):
+        if not hasattr(self, "qkv_DF"):
+            return [to_heads(x_BTD, w[...]) for w in (self.q_DNH, self.k_DKH, self.v_DKH)]
+        N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        parts = jnp.split(project(x_BTD, self.qkv_DF[...]), [N * H, (N + K) * H], axis=-1)
+        return [jnp.swapaxes(a.reshape(*a.shape[:2], -1, H), 1, 2) for a in parts]
+
+    def fuse(self):
+        """Query, key and value weights as one."""
+        if hasattr(self, "qkv_DF"):
+            return
+        weights = (self.q_DNH, self.k_DKH, self.v_DKH)
+        self.qkv_DF = nnx.Param(jnp.concatenate([w[...].reshape(w.shape[0], -1) for w in weights], axis=1))
+        del self.q_DNH, self.k_DKH, self.v_DKH
 
     def expand(self, queries, memory, positions_BS):
         """The cache as it is."""
