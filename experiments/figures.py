@@ -37,8 +37,10 @@ def decoding(rows: list[dict[str, Any]], device: str) -> Any:
             read = [(row["weight_bytes"] + row["cache_bytes"]) / 2**20 for row in series]
             axis.plot(read, [row["seconds_per_token"]["median"] * 1e3 for row in series], style[name], label=name)
         axis.set(title=f"Batch {batch}", xlabel="weights and cache read by a step (MiB)", yscale="log")
-    for axis in axes:
+    for axis, ticks in zip(axes, [sorted({row["filled"] for row in rows})] + [[10, 20, 40, 80]] * len(batches)):
         axis.set(xscale="log", ylabel="time of a token for every row (ms)")
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=7)
     figure.suptitle(f"Decoding on {device}, float32", fontsize=10)
