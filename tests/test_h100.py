@@ -23,9 +23,8 @@ from kvjax.codecs import Exact
 from kvjax.decoder import DecoderConfig, fused
 from kvjax.sampling import GREEDY
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins.xla_cuda12") is None, reason="needs the extra h100"
-)
+INSTALLED = importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda12")
+pytestmark = pytest.mark.skipif(not INSTALLED, reason="needs the extra h100")
 
 # Public figures of the H100 SXM5, in the form of XLA's target descriptions.
 H100 = """
