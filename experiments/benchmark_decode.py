@@ -58,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
         raise ValueError("--against goes with the cases; leave out --growth")
     host.prepare()
     if options.growth:
-        lengths, batches = (_integers(n, getattr(options, n)) for n in ("lengths", "batches"))
+        lengths, batches = (cli.integers(f"--{n}", getattr(options, n)) for n in ("lengths", "batches"))
         configs = {name: cli.preset(name) for name in options.config}
         cases = [(batch, length) for batch in batches for length in lengths]
         rows = [row for case in cases for row in growth(configs, *case, options.rounds, options.tokens)]
@@ -149,16 +149,6 @@ def growth(configs: dict[str, Config], batch: int, filled: int, rounds: int, tok
             flush=True,
         )
     return rows
-
-
-def _integers(name, text):
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = [0]
-    if min(numbers) < 1:
-        raise ValueError(f"--{name} {text!r} must be integers of at least 1, as 256,512,1024")
-    return numbers
 
 
 if __name__ == "__main__":

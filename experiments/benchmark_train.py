@@ -43,7 +43,9 @@ def run(argv: Sequence[str]) -> int:
     """Time, print, and write the results."""
     options, config = arguments(argv)
     if options.context_sweep:
-        row = sweep(config, _contexts(options.context_sweep), options.rounds, options.round_steps)
+        row = sweep(
+            config, cli.integers("--context-sweep", options.context_sweep), options.rounds, options.round_steps
+        )
     else:
         host.prepare(config.train.batch_size // config.train.accumulate)
         row = compare(config, options.against, options.rounds, options.round_steps)
@@ -138,13 +140,6 @@ def sweep(config: Config, contexts: list[int], rounds: int, steps: int) -> dict[
             flush=True,
         )
     return {"round_steps": steps, "contexts": [dataclasses.asdict(cost) for cost in costs]}
-
-
-def _contexts(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--context-sweep {text!r} must be integers, as 256,512,1024") from None
 
 
 if __name__ == "__main__":

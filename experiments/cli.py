@@ -87,6 +87,17 @@ def output_file(text: str) -> Path:
     return path
 
 
+def integers(option: str, text: str) -> list[int]:
+    """Integers of at least 1, separated by commas."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise ValueError(f"{option} {text!r} must be integers of at least 1, as 256,512,1024")
+    return numbers
+
+
 def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """An argument parser that takes no abbreviations and reports errors in one line."""
     return _Parser(prog=f"python -m {module}", description=description, allow_abbrev=False)

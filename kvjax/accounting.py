@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -64,10 +65,15 @@ def matmul_peak(dtype: jnp.dtype, size: int = 1024, runs: int = 7) -> float:
     product = jax.jit(sharding.over_rows(lambda w, x: jnp.einsum("bij,jk->bik", x, w), mesh, sums=False))
     w = sharding.replicate(jnp.ones((size, size), dtype), mesh)
     x = sharding.replicate(jnp.ones((devices, size, size), dtype), mesh)
-    product(w, x).block_until_ready()
+    return devices * 2 * size**3 / median_seconds(lambda: product(w, x), runs)
+
+
+def median_seconds(call: Callable[[], jax.Array], runs: int) -> float:
+    """Time of a call until its result is there, the median of several runs after a first one that may compile."""
+    call().block_until_ready()
     seconds = []
     for _ in range(runs):
         start = time.perf_counter()
-        product(w, x).block_until_ready()
+        call().block_until_ready()
         seconds.append(time.perf_counter() - start)
-    return devices * 2 * size**3 / statistics.median(seconds)
+    return statistics.median(seconds)

@@ -4,7 +4,6 @@ B batch, T tokens.
 """
 
 import math
-import statistics
 import time
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kvjax.accounting import median_seconds
 from kvjax.cache import nbytes
 from kvjax.codecs.base import Codec
 from kvjax.config import Config
@@ -105,13 +105,5 @@ def read_bandwidth(runs: int = 5) -> float:
     """Bytes a second at which the device reads 256 MiB: the better of a sum and a matrix-vector product."""
     a = jnp.ones((2**13, BANDWIDTH_BYTES // 4 // 2**13))
     v = jnp.ones(a.shape[0])
-    best = []
-    for f in (jax.jit(lambda a, v: a.sum()), jax.jit(lambda a, v: v @ a)):
-        f(a, v).block_until_ready()
-        seconds = []
-        for _ in range(runs):
-            started = time.perf_counter()
-            f(a, v).block_until_ready()
-            seconds.append(time.perf_counter() - started)
-        best.append(statistics.median(seconds))
-    return a.nbytes / min(best)
+    forms = (jax.jit(lambda a, v: a.sum()), jax.jit(lambda a, v: v @ a))
+    return a.nbytes / min(median_seconds(lambda f=f: f(a, v), runs) for f in forms)

@@ -132,12 +132,11 @@ class Session:
         keys_B = jnp.stack([jax.random.key(seed) for seed in first])
         stop_E = np.full(padded(len(stop) or 1), -1, np.int32)
         stop_E[: len(stop)] = stop
-        done_B = jnp.zeros(self.batch, bool)
+        done_B, numbers = jnp.zeros(self.batch, bool), sampling.numbers(self.vocab_size)
         while num_tokens and not bool(done_B.all()):
             now = min(num_tokens, every)
             room = max(PIECE, 1 << (now - 1).bit_length())
             state = self.cache, self._logits_BV, self._positions_B, done_B
-            numbers = sampling.numbers(self.vocab_size)
             static = (self.graphdef, room, sampling.form, logprobs)
             state, made, out = _decode(*static, self.params, state, keys_B, self._made, now, numbers, stop_E)
             self.cache, self._logits_BV, self._positions_B, done_B = state
