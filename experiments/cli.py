@@ -87,6 +87,13 @@ def output_file(text: str) -> Path:
     return path
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The two ways to name a model: `--run` and `--model`."""
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", type=Path, metavar="DIR", help="directory of a run")
+    which.add_argument("--model", metavar="NAME_OR_DIR", help="a pretrained model: smollm2, or its directory")
+
+
 def integers(option: str, text: str) -> list[int]:
     """Integers of at least 1, separated by commas."""
     try:

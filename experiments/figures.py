@@ -11,6 +11,8 @@ from experiments import cli
 from experiments.report import read_rows
 
 FIGURES = Path("notebooks/figures")
+FASTER = [("gqa2", "GQA-2"), ("mqa", "MQA"), ("mla", "MLA")]
+DARK = 0.7  # share of the way from black to the middle below which text is white
 STYLES = ["-o", "--s", "-.^", ":D", "-v", "--P", "-.X"]
 
 
@@ -20,7 +22,7 @@ def decoding(rows: list[dict[str, Any]], device: str) -> Any:
 
     names = list(dict.fromkeys(row["name"] for row in rows))
     style = dict(zip(names, STYLES, strict=True))
-    batches = sorted({row["batch"] for row in rows})
+    batches = [1, 8]
     figure, axes = plt.subplots(1, 1 + len(batches), figsize=(5 * (1 + len(batches)), 4.2), layout="constrained")
     of = lambda name, batch: [row for row in rows if row["name"] == name and row["batch"] == batch]
     for name, label in (("mha", "MHA"), ("gqa2", "GQA, 2 kv heads"), ("mla", "MLA")):
@@ -47,6 +49,38 @@ def decoding(rows: list[dict[str, Any]], device: str) -> Any:
     return figure
 
 
+def decoding_map(rows: list[dict[str, Any]], device: str) -> Any:
+    """How many times as fast another cache decodes, at every batch and length: black on white where it pays."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    seconds = {(row["name"], row["batch"], row["filled"]): row["seconds_per_token"]["median"] for row in rows}
+    batches, lengths = (sorted({row[key] for row in rows}) for key in ("batch", "filled"))
+    panels = [("mha", name, f"MHA's time / {label}'s", 2.5) for name, label in FASTER]
+    panels.append(("mla expanded", "mla", "MLA: expanded / absorbed", 20.0))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained", sharey=True
+    )
+    for axis, (slow, fast, title, most) in zip(axes, panels):
+        ratio = np.full((len(batches), len(lengths)), np.nan)
+        for i, batch in enumerate(batches):
+            for j, length in enumerate(lengths):
+                if (slow, batch, length) not in seconds:
+                    axis.text(j, i, "not run", ha="center", va="center", color="0.6", fontsize=7)
+                    continue
+                ratio[i, j] = seconds[slow, batch, length] / seconds[fast, batch, length]
+                color = "w" if np.log(ratio[i, j] * most) < np.log(most) * DARK else "k"
+                axis.text(j, i, f"{ratio[i, j]:.2f}", ha="center", va="center", color=color)
+        shades = {"vmin": -np.log(most), "vmax": np.log(most)}  # grey in the middle is 1
+        axis.imshow(np.log(ratio), cmap="gray", **shades, aspect="auto", origin="lower")
+        axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=8)
+        axis.set_yticks(range(len(batches)), batches)
+        axis.set(title=title, xlabel="tokens in the cache")
+    axes[0].set_ylabel("rows of the batch")
+    figure.suptitle(f"Times as fast a token as the other (above 1 the smaller or absorbed cache wins), {device}")
+    return figure
+
+
 def run(argv: Sequence[str]) -> int:
     """Draw every figure."""
     cli.parser("experiments.figures", __doc__).parse_args(argv)
@@ -60,10 +94,11 @@ def run(argv: Sequence[str]) -> int:
     files = list(read_rows("decoding_growth").values())
     cores, model = files[0]["environment"]["cpu_cores"], files[0]["environment"]["cpu_model"]
     rows = [row for file in files for row in file["rows"]]
-    figure = decoding(rows, f"{cores} CPU cores ({model}, shared)")
-    for kind in ("svg", "png"):
-        figure.savefig(FIGURES / f"decoding.{kind}", dpi=130, metadata={"Date": None} if kind == "svg" else None)
-    print(f"wrote {FIGURES}/decoding.svg and .png")
+    for draw in (decoding, decoding_map):
+        figure, name = draw(rows, f"{cores} CPU cores ({model}, shared)"), draw.__name__
+        for kind in ("svg", "png"):
+            figure.savefig(FIGURES / f"{name}.{kind}", dpi=130, metadata={"Date": None} if kind == "svg" else None)
+        print(f"wrote {FIGURES}/{name}.svg and .png")
     return 0
 
 

@@ -1,5 +1,6 @@
-"""Text from a trained run: `python -m experiments.generate --run runs/gqa4 --prompt "The state of the Union"`.
+"""Text from a model: `python -m experiments.generate --run runs/gqa4 --prompt "The state of the Union"`.
 
+`--model smollm2` takes a pretrained model, by name or directory; `--chat` puts the prompt to it as a question.
 Tokens are shown as they are made; at the end stand tokens/s and what the cache holds. `--prompt -`
 reads standard input. `--interactive` asks for more after each answer and keeps the cache.
 `--no-cache` computes every token from the whole text, for comparison.
@@ -9,7 +10,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from experiments import cli
 from kvjax import host, results
 
 EVERY = 8  # tokens between two updates of the screen
+Turn = Callable[[str, int | None], list[int]]  # ids to feed for a text, after the answer's last token
 
 
 def run(argv: Sequence[str]) -> int:
@@ -24,38 +26,37 @@ def run(argv: Sequence[str]) -> int:
     options = arguments(argv)
     host.prepare()
     from kvjax.cache import nbytes
-    from kvjax.decoder import decodable
     from kvjax.generate import Session, padded, without_cache
-    from kvjax.runs import load_run
+    from kvjax.model import open_model
     from kvjax.sampling import Sampling
-    from kvjax.train import cast, compute_dtype, graphdef_of
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
-    trained = load_run(options.run)
-    for line in trained.damaged:
+    model = open_model(options.run, options.model)
+    for line in model.damaged:
         print(f"damaged checkpoint passed over: {line}")
-    tokenizer = trained.tokenizer
+    tokenizer = model.tokenizer
     sampling.check(tokenizer.vocab_size)
-    dtype = compute_dtype(trained.config.train.dtype)
-    graphdef = graphdef_of(trained.config, tokenizer.vocab_size)
-    graphdef, params = decodable(graphdef, cast(trained.params, dtype))
-    stop = [tokenizer.end_id] if options.stop_at_end else []
-    ids = [tokenizer.end_id, *tokenizer.encode(_prompt(options.prompt))]
-    row: dict[str, Any] = {"run": str(options.run), "cached": options.cache, "seed": options.seed}
+    stop = list(model.stop_ids) if options.stop_at_end or options.chat else []
+    turn = _chat(tokenizer) if options.chat else _text(tokenizer)
+    ids = turn(_prompt(options.prompt), None)
+    row: dict[str, Any] = {"model": model.name, "cached": options.cache, "seed": options.seed}
     if not options.cache:
-        tokens = without_cache(graphdef, params, ids, options.tokens, sampling, options.seed, stop)
+        _check_length(len(ids) + options.tokens, model.max_len)
+        tokens = without_cache(model.graphdef, model.params, ids, options.tokens, sampling, options.seed, stop)
         made, figures = _watch(tokenizer, ([token] for token in tokens))
         row |= {"prompt_tokens": len(ids)} | figures
         _close(row, tokenizer.decode(made), options.json)
         return 0
     max_len = options.max_len or padded(len(ids)) + options.tokens
-    session = Session(graphdef, params, 1, max_len)
+    used = len(ids) + options.tokens
+    _check_length(used, model.max_len)
+    session = Session(model.graphdef, model.params, 1, max_len)
     while True:
         started = time.perf_counter()
         session.feed([ids], then=options.tokens)
         row |= {"prompt_tokens": len(ids), "prompt_seconds": time.perf_counter() - started}
         parts = session.stream(options.tokens, sampling, options.seed, stop, every=EVERY)
-        made, figures = _watch(tokenizer, (part.tokens[0].tolist() for part in parts))
+        made, figures = _watch(tokenizer, (part.tokens[0].tolist() for part in parts), hidden=stop)
         row |= figures
         used = int(session.cache.length)
         row |= {
@@ -70,13 +71,15 @@ def run(argv: Sequence[str]) -> int:
         line = _ask()
         if line is None:
             return 0
-        ids = tokenizer.encode(line).tolist() or [tokenizer.end_id]
+        ids = turn(line, made[-1])
+        used += len(ids) + options.tokens
+        _check_length(used, model.max_len)
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Options of this command, checked."""
     parser = cli.parser("experiments.generate", __doc__)
-    parser.add_argument("--run", type=Path, metavar="DIR", required=True, help="directory of a run")
+    cli.add_model(parser)
     parser.add_argument("--prompt", default="", metavar="TEXT", help="beginning of the text; - reads stdin")
     parser.add_argument("--tokens", type=int, default=128, help="tokens at most (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)")
@@ -86,6 +89,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     parser.add_argument("--max-len", type=int, help="slots of the cache (default: prompt and tokens)")
     parser.add_argument("--interactive", action="store_true", help="ask for more text after each answer")
+    parser.add_argument("--chat", action="store_true", help="prompts are turns of a conversation (ChatML models)")
     parser.add_argument("--stop-at-end", action="store_true", help="stop where the model ends its document")
     parser.add_argument(
         "--no-cache", dest="cache", action="store_false", help="read the whole text for every token"
@@ -105,6 +109,38 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _check_length(tokens: int, most: int | None) -> None:
+    if most is not None and tokens > most:
+        raise ValueError(f"{tokens} tokens, prompt and --tokens, must be at most the model's max_len={most}")
+
+
+def _text(tokenizer) -> Turn:
+    """A text begins with its mark; what follows an answer is text alone."""
+    begin = [tokenizer.begin_id]
+
+    def turn(text, last):
+        ids = tokenizer.encode(text).tolist()
+        return [*begin, *ids] if last is None else ids or begin
+
+    return turn
+
+
+def _chat(tokenizer) -> Turn:
+    """Turns in ChatML, as models trained with `<|im_start|>` expect them; text cannot make a mark."""
+    marks = [getattr(tokenizer, "token_id", lambda token: None)(f"<|im_{side}|>") for side in ("start", "end")]
+    if None in marks:
+        raise ValueError("--chat needs a tokenizer with <|im_start|> and <|im_end|>; leave it out")
+    start, end = marks
+    ids = lambda text: tokenizer.encode(text).tolist()
+
+    def turn(text, last):
+        # An answer that was cut short has not ended its turn.
+        before = [] if last is None else ids("\n") if last == end else [end, *ids("\n")]
+        return [*before, start, *ids(f"user\n{text}"), end, *ids("\n"), start, *ids("assistant\n")]
+
+    return turn
+
+
 def _prompt(text: str) -> str:
     if text != "-":
         return text
@@ -114,13 +150,14 @@ def _prompt(text: str) -> str:
         raise ValueError(f"standard input must be UTF-8: byte {error.start} is not") from None
 
 
-def _watch(tokenizer, parts: Iterable[list[int]]) -> tuple[list[int], dict[str, Any]]:
-    """Print tokens as they come; all of them, and their speed."""
+def _watch(tokenizer, parts: Iterable[list[int]], hidden: Sequence[int] = ()) -> tuple[list[int], dict[str, Any]]:
+    """Print tokens as they come, but for hidden ones; all of them, and their speed."""
     made, shown, rates = [], "", []
     started = before = time.perf_counter()
     for part in parts:
         made += part
-        text = tokenizer.decode(made).rstrip("\ufffd")  # a character whose bytes are not all there waits
+        shown_ids = [token for token in made if token not in hidden]
+        text = tokenizer.decode(shown_ids).rstrip("\ufffd")  # a character whose bytes are not all there waits
         print(text[len(shown) :], end="", flush=True)
         now, shown = time.perf_counter(), text
         rates.append(len(part) / (now - before))

@@ -101,12 +101,50 @@ def decoding_growth(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def pretrained(rows: Rows) -> str:
+    """One line a text; perplexity without a cache and through it."""
+    lines = [
+        "| model | text | tokens | perplexity, no cache | perplexity, through the cache | bits/byte |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in rows.values():
+        plain, cached = row["scores"]["none"], row["scores"]["decode"]
+        errors = [f" ± {plain[name]:.4f}" if plain[name] else "" for name in ("perplexity_se", "bits_per_byte_se")]
+        lines.append(
+            f"| `{row['model']}` | {row['data']} | {plain['tokens']:,} | {plain['perplexity']:.4f}{errors[0]} "
+            f"| {cached['perplexity']:.4f} | {plain['bits_per_byte']:.4f}{errors[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def downstream(rows: Rows) -> str:
+    """One line a task."""
+    lines = [
+        "| model | task | items | chance | accuracy | accuracy per character | perplexity of the answer |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for file in rows.values():
+        for task, row in file["tasks"].items():
+            chance = "" if row["chance"] is None else f"{row['chance']:.1%}"
+            share = lambda name, row=row: (
+                "" if row[name] is None else f"{row[name]:.1%} ± {row[f'{name}_se']:.1%}"
+            )
+            perplexity = "" if row["perplexity"] is None else f"{row['perplexity']:.1f} ± {row['perplexity_se']:.1f}"
+            lines.append(
+                f"| `{file['model']}` | {task} | {row['items']:,} of {row['items_in_all']:,} | {chance} "
+                f"| {share('accuracy')} | {share('accuracy_norm')} | {perplexity} |"
+            )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Rows], str]] = {
     "presets": presets,
     "training_speed": training_speed,
     "training_contexts": training_contexts,
     "decoding": decoding,
     "decoding_growth": decoding_growth,
+    "pretrained": pretrained,
+    "downstream": downstream,
 }
 
 

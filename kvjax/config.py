@@ -136,13 +136,18 @@ def _make(kind, values, path):
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=1) or [f"one of {', '.join(hints)}"]
             raise ValueError(f"{at}{name} is unknown; did you mean {near[0]}?")
+    # Options that came later are keywords whose defaults are what was before.
+    later = {field.name for field in dataclasses.fields(kind) if field.kw_only}
     fields = {}
     for name, hint in hints.items():
-        if name not in values and getattr(kind, name, False) is None:
-            continue  # options that came later are None where a configuration does not know them
+        if name not in values and name in later:
+            continue
         if name not in values:
             raise ValueError(f"{at}{name} is missing")
-        fields[name] = _make(hint, values[name], at + name) if dataclasses.is_dataclass(hint) else values[name]
+        fields[name] = values[name]
+        nested = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
+        if nested is hint or (nested and values[name] is not None):
+            fields[name] = _make(nested, values[name], at + name)
         if not _fits(fields[name], hint):
             shown = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
             raise ValueError(f"{at}{name}={fields[name]!r} must be of type {shown}")

@@ -5,7 +5,7 @@ It knows attention only by its protocol. B batch, T tokens, D width, V vocabular
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -16,9 +16,9 @@ from jax import lax
 from kvjax import cache as caches
 from kvjax.attention.base import AttentionConfig
 from kvjax.cache import Cache, LayerCache, Ring
-from kvjax.checks import at_least, between
+from kvjax.checks import at_least, between, positive
 from kvjax.codecs.base import Codec
-from kvjax.layers import MLP, RMSNorm, dropout, normal, subkey
+from kvjax.layers import MLP, RMS_EPS, RMSNorm, dropout, normal, subkey
 
 EMBEDDING_STD = 0.02
 
@@ -43,12 +43,15 @@ class DecoderConfig:
     """Run the layers as one scanned layer: compiles faster, runs slower on CPU; cannot decode."""
     remat: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again."""
+    norm_eps: float = field(default=RMS_EPS, kw_only=True)
+    """What the norms add to mean squares."""
 
     def __post_init__(self):
-        for field in ("width", "depth", "mlp_width"):
-            at_least(field, getattr(self, field), 1)
+        for name in ("width", "depth", "mlp_width"):
+            at_least(name, getattr(self, name), 1)
         at_least("output_scale", self.output_scale, 0.0)
         between("dropout", self.dropout, 0.0, 1.0)
+        positive("norm_eps", self.norm_eps)
 
 
 class Block(nnx.Module):
@@ -58,9 +61,9 @@ class Block(nnx.Module):
         # The residual stream sums 2 x depth results.
         output_scale = config.output_scale / math.sqrt(2 * config.depth)
         self.rate = config.dropout
-        self.attention_norm = RMSNorm(config.width)
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.attention = attention.build(config.width, output_scale, subkey(key, "attention"))
-        self.mlp_norm = RMSNorm(config.width)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp = MLP(config.width, config.mlp_width, output_scale, subkey(key, "mlp"))
 
     def __call__(self, x_BTD, positions_BT, cache=None, key=None):
@@ -85,7 +88,7 @@ class Decoder(nnx.Module):
             self.stack = _stacked(config, attention, keys)
         else:
             self.layers: nnx.List[Block] = nnx.List([Block(config, attention, k) for k in keys])
-        self.norm = RMSNorm(config.width)
+        self.norm = RMSNorm(config.width, config.norm_eps)
         if not config.tie_embeddings:
             self.unembedding_VD = normal(subkey(key, "unembedding"), (vocab_size, config.width), config.width)
 
@@ -207,9 +210,14 @@ def decodable(graphdef: nnx.GraphDef[Decoder], params: Any) -> tuple[nnx.GraphDe
     return nnx.split(unscanned(model)) if model.config.scan else (graphdef, params)
 
 
-def fused(graphdef: nnx.GraphDef[Decoder], params: Any) -> tuple[nnx.GraphDef[Decoder], Any]:
-    """The same model with the weights of its layers joined for decoding, once, outside of any loop."""
+def fused(graphdef: nnx.GraphDef[Decoder], params: Any, turn: bool) -> tuple[nnx.GraphDef[Decoder], Any]:
+    """The same model with the weights of its layers joined for decoding, once, outside of any loop.
+
+    `turn` also keeps them output axis first, as decoding a single row on a CPU wants them.
+    """
     model = nnx.merge(graphdef, params)
     for block in model.layers:
-        block.attention.fuse()
+        block.attention.fuse(turn)
+        if turn and not hasattr(block.mlp, "gate_up_ED"):
+            block.mlp.turn()
     return nnx.split(model)

@@ -18,8 +18,10 @@ from jax.sharding import Mesh
 from kvjax import sharding
 from kvjax.codecs.base import Codec, Exact
 from kvjax.data import Corpus, eval_batches
+from kvjax.losses import token_nats
 
 Through = Literal["none", "prefill", "decode"]
+Scorer = Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ def _ratio_se(y: np.ndarray, x: np.ndarray) -> float:
 
 def make_scorer(
     graphdef: nnx.GraphDef, mesh: Mesh, through: Through = "none", codec: Codec | None = None
-) -> Callable[[Any, dict[str, jax.Array]], jax.Array]:
-    """A jitted `(params, batch) -> nats_BT`.
+) -> Scorer:
+    """A jitted `(params, batch) -> nats_BT, top_BT`: nats of every target, and whether it is the likeliest token.
 
     "none" runs the training form; "prefill" writes each window into a cache and reads it back in
     one pass; "decode" feeds it token by token, every token attending to what the cache stores.
@@ -93,29 +95,26 @@ def make_scorer(
         model = nnx.merge(graphdef, params)
         tokens_BT, targets_BT = batch["tokens_BT"], batch["targets_BT"]
         B, T = tokens_BT.shape
+        judge = lambda x_BTD, targets_BT: token_nats(x_BTD, model.unembedding(), targets_BT)
         if through == "none":
-            return _nats(model(tokens_BT)[0], targets_BT)
+            return judge(model.hidden(tokens_BT)[0], targets_BT)
         cache = model.init_cache(B, T, codec)
         if through == "prefill":
-            return _nats(model(tokens_BT, cache=cache)[0], targets_BT)
+            return judge(model.hidden(tokens_BT, cache=cache)[0], targets_BT)
 
         def step(cache, pair):
             token_B, target_B = pair
-            logits_B1V, cache = model(token_B[:, None], cache=cache)
-            return cache, _nats(logits_B1V, target_B[:, None])[:, 0]
+            x_B1D, cache = model.hidden(token_B[:, None], cache=cache)
+            nats_B1, top_B1 = judge(x_B1D, target_B[:, None])
+            return cache, (nats_B1[:, 0], top_B1[:, 0])
 
-        return lax.scan(step, cache, (tokens_BT.T, targets_BT.T))[1].T
+        return jax.tree.map(jnp.transpose, lax.scan(step, cache, (tokens_BT.T, targets_BT.T))[1])
 
     return jax.jit(sharding.over_rows(score, mesh, sums=False))
 
 
-def _nats(logits_BTV, targets_BT):
-    right_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - right_BT
-
-
 def evaluate(
-    scorer: Callable[[Any, dict[str, jax.Array]], jax.Array],
+    scorer: Scorer,
     params: Any,
     corpus: Corpus,
     context: int,
@@ -133,7 +132,8 @@ def evaluate(
         arrays = sharding.split({name: batch[name] for name in ("tokens_BT", "targets_BT")}, mesh)
         weights_BT = batch["weights_BT"].astype(np.float64)
         real = batch["document_B"] >= 0
-        nats_B = (np.asarray(scorer(params, arrays), np.float64) * weights_BT).sum(1)
+        nats_BT, _ = scorer(params, arrays)
+        nats_B = (np.asarray(nats_BT, np.float64) * weights_BT).sum(1)
         np.add.at(nats, batch["document_B"][real], nats_B[real])
         np.add.at(tokens, batch["document_B"][real], weights_BT.sum(1)[real].astype(np.int64))
     return Score(nats, tokens, np.asarray(corpus.num_bytes))

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from kvjax.cache import Cache
+from kvjax.cache import Cache, nbytes
 from kvjax.checks import at_least
 from kvjax.codecs.base import Codec, Exact
 from kvjax.decoder import fused
@@ -25,6 +25,7 @@ Prompts = Sequence[Sequence[int] | np.ndarray] | np.ndarray
 PIECE = 16  # prompts are padded to a multiple of this many tokens
 LONGEST_PIECE = 256  # and read in parts of PIECE * 2^i up to this many
 ROUND_SLOTS = 64
+TURNED_BYTES = 2**26  # weights that a CPU's caches may hold; larger ones come at memory's speed in either order
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ class Session:
             cache = model.init_cache(batch, max_len, codec or Exact())
         else:
             _check_cache(cache, jax.eval_shape(lambda: model.init_cache(batch, max_len, cache.codec)))
-        self.graphdef, self.params = fused(graphdef, params)
+        small = nbytes(params) <= TURNED_BYTES
+        turn = batch == 1 and small and jax.default_backend() == "cpu"
+        self.graphdef, self.params = fused(graphdef, params, turn)
         self.cache = cache
         self._positions_B = jnp.asarray(cache.positions_BS.max(-1) + 1)
         self._logits_BV: jax.Array | None = None

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kvjax.rope import RopeScaling, frequencies
+
 RMS_EPS = 1e-6
 
 
@@ -60,20 +62,27 @@ class RMSNorm(nnx.Module):
         return (y * jax.lax.broadcast_in_dim(gain, y.shape, (y.ndim - 1,))).astype(x.dtype)
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float, interleaved: bool = False) -> jax.Array:
+def rotate(
+    x: jax.Array,
+    positions: jax.Array,
+    theta: float,
+    interleaved: bool = False,
+    scaling: RopeScaling | None = None,
+) -> jax.Array:
     """Rotary position embedding (Su et al. 2021, eq. 34) of `x` [..., T, H] at `positions` [..., T].
 
     Pairs are (j, j + H/2), the layout of Hugging Face's Llama, or (2j, 2j + 1) when `interleaved`.
     Leading axes of `positions` meet the first axes of `x`; missing ones are shared. Angles are float32.
     """
     half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.maximum(positions, 0).astype(jnp.float32)[..., None] * frequencies.reshape(
-        (1,) * positions.ndim + (half,)
-    )
+    turns = jnp.asarray(frequencies(theta, x.shape[-1], scaling).reshape((1,) * positions.ndim + (half,)))
+    angles = jnp.maximum(positions, 0).astype(jnp.float32)[..., None] * turns
     missing = x.ndim - angles.ndim
     angles = angles.reshape(angles.shape[:-2] + (1,) * missing + angles.shape[-2:])
-    return _turn(x.astype(jnp.float32), jnp.cos(angles), jnp.sin(angles), interleaved).astype(x.dtype)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if scaling is not None and scaling.magnitude is not None:
+        cos, sin = cos * scaling.magnitude, sin * scaling.magnitude
+    return _turn(x.astype(jnp.float32), cos, sin, interleaved).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -89,7 +98,7 @@ def _turn_forward(x, cos, sin, interleaved):
 
 
 def _turn_backward(interleaved, angles, g):
-    # A rotation's transpose turns back; differentiating the slices would write padded copies.
+    # The transpose of a (stretched) rotation turns back; differentiating the slices would write padded copies.
     cos, sin = angles
     return _turn(g, cos, -sin, interleaved), None, None
 
@@ -105,8 +114,15 @@ class MLP(nnx.Module):
         self.down_FD = normal(subkey(key, "down"), (mlp_width, width), mlp_width, output_scale)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF, up_BTF = jnp.split(project(x_BTD, self.gate_up_DE[...]), 2, axis=-1)
-        return project(jax.nn.silu(gate_BTF) * up_BTF, self.down_FD[...])
+        turned = hasattr(self, "gate_up_ED")
+        gate_up_DE = self.gate_up_ED[...].T if turned else self.gate_up_DE[...]
+        gate_BTF, up_BTF = jnp.split(project(x_BTD, gate_up_DE), 2, axis=-1)
+        return project(jax.nn.silu(gate_BTF) * up_BTF, self.down_DF[...].T if turned else self.down_FD[...])
+
+    def turn(self) -> None:
+        """Keep weights output axis first, whose rows XLA:CPU's product with a single vector reads in order."""
+        self.gate_up_ED, self.down_DF = nnx.Param(self.gate_up_DE[...].T), nnx.Param(self.down_FD[...].T)
+        del self.gate_up_DE, self.down_FD
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

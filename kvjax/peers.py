@@ -17,13 +17,14 @@ import jax
 import numpy as np
 
 from kvjax import host
-from kvjax.attention.grouped import Grouped, GroupedAttention
+from kvjax.attention.grouped import Grouped
 from kvjax.benchmark import peak_resident_bytes, random_batches
 from kvjax.checks import multiple
 from kvjax.config import Config, from_dict, to_dict
 from kvjax.decoder import Decoder
 from kvjax.dry_run import vocabulary
-from kvjax.layers import RMS_EPS
+from kvjax.pretrained.families import Architecture, hugging_face
+from kvjax.pretrained.weights import named_weights
 from kvjax.train import compute_dtype
 
 
@@ -36,6 +37,8 @@ def check(config: Config) -> None:
         "attention.qk_norm": (config.attention.qk_norm, False),
         "attention.qkv_bias": (config.attention.qkv_bias, False),
         "attention.window": (config.attention.window, None),
+        "attention.rope_scaling": (config.attention.rope_scaling, None),
+        "attention.output_bias": (config.attention.output_bias, False),
         "decoder.dropout": (config.decoder.dropout, 0.0),
         "decoder.remat": (config.decoder.remat, False),
         "train.accumulate": (config.train.accumulate, 1),
@@ -55,58 +58,19 @@ def llama(config: Config, vocab_size: int, max_len: int | None = None) -> Any:
     """A `LlamaForCausalLM` of the architecture of `config`, its weights drawn by transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    attention = config.attention
-    assert isinstance(attention, Grouped)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=config.decoder.width,
-            intermediate_size=config.decoder.mlp_width,
-            num_hidden_layers=config.decoder.depth,
-            num_attention_heads=attention.num_heads,
-            num_key_value_heads=attention.num_kv_heads,
-            head_dim=attention.head_dim,
-            max_position_embeddings=max_len or config.data.context,
-            rms_norm_eps=RMS_EPS,
-            rope_parameters={"rope_type": "default", "rope_theta": attention.rope_theta},
-            tie_word_embeddings=config.decoder.tie_embeddings,
-            attn_implementation="sdpa",  # pyrefly: ignore[unexpected-keyword]
-        )
-    )
+    ours = Architecture(config.decoder, config.attention, vocab_size, max_len or config.data.context, None, ())
+    return LlamaForCausalLM(LlamaConfig.from_dict(hugging_face(ours), attn_implementation="sdpa"))
 
 
 def copy_weights(model: Any, decoder: Decoder) -> None:
-    """Give a `llama` the weights of an unscanned decoder; PyTorch's matrices are [out, in]."""
-    names = {
-        "model.embed_tokens.weight": decoder.embedding_VD[...],
-        "model.norm.weight": decoder.norm.gain_H[...],
-    }
-    if not decoder.config.tie_embeddings:
-        names["lm_head.weight"] = decoder.unembedding_VD[...]
-    for i, block in enumerate(decoder.layers):
-        attention, mlp = block.attention, block.mlp
-        assert isinstance(attention, GroupedAttention)
-        inward = lambda w: w[...].reshape(w[...].shape[0], -1).T
-        gate_FD, up_FD = np.split(np.asarray(mlp.gate_up_DE[...]).T, 2)
-        weights = {
-            "input_layernorm": block.attention_norm.gain_H[...],
-            "self_attn.q_proj": inward(attention.q_DNH),
-            "self_attn.k_proj": inward(attention.k_DKH),
-            "self_attn.v_proj": inward(attention.v_DKH),
-            "self_attn.o_proj": attention.o_NHD[...].reshape(-1, decoder.config.width).T,
-            "post_attention_layernorm": block.mlp_norm.gain_H[...],
-            "mlp.gate_proj": gate_FD,
-            "mlp.up_proj": up_FD,
-            "mlp.down_proj": mlp.down_FD[...].T,
-        }
-        names |= {f"model.layers.{i}.{name}.weight": w for name, w in weights.items()}
+    """Give a `llama` the weights of an unscanned decoder."""
     import torch
 
-    parameters = dict(model.named_parameters())
-    assert parameters.keys() == names.keys()
+    parameters, weights = dict(model.named_parameters()), named_weights(decoder)
+    assert parameters.keys() == weights.keys()
     with torch.no_grad():
         for name, parameter in parameters.items():
-            value = torch.from_numpy(np.array(names[name]))
+            value = torch.from_numpy(np.array(weights[name]))
             assert parameter.shape == value.shape, name
             parameter.copy_(value)
 

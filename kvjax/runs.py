@@ -75,7 +75,7 @@ def check_same_origin(directory: Path, metadata: dict[str, Any], config: Config,
             f"{directory / TOKENIZER} (digest {tokenizer.digest[:12]}) does not fit the checkpoint, which was "
             f"trained with the tokenizer of digest {metadata['tokenizer'][:12]}"
         )
-    for path, (theirs, ours) in _differences(metadata["config"], to_dict(config)):
+    for path, (theirs, ours) in _differences(to_dict(from_dict(metadata["config"])), to_dict(config)):
         raise ValueError(
             f"{directory / CONFIG} does not fit the checkpoint, which was trained with {path}={theirs}, not {ours}"
         )

@@ -11,6 +11,7 @@ from kvjax.attention.low_rank import LowRank
 from kvjax.config import Config, OptimizerConfig, TrainConfig, from_dict, to_dict
 from kvjax.data.config import DataConfig
 from kvjax.decoder import DecoderConfig
+from kvjax.rope import RopeScaling
 
 
 def changed(path: str, value) -> dict:
@@ -36,10 +37,15 @@ def test_a_preset_survives_json(name):
     assert to_dict(again) == values
 
 
+LINEAR = RopeScaling("linear", 2.0)
+
+
 def test_every_field_survives_json():
     config = Config(
-        LowRank(6, head_dim=10, rank=None, rank_k=3, rank_v=5, position="none", rope_theta=77.0),
-        DecoderConfig(30, 3, 31, tie_embeddings=False, output_scale=0.5, dropout=0.25, scan=True, remat=True),
+        LowRank(
+            6, head_dim=10, rank=None, rank_k=3, rank_v=5, position="none", rope_theta=77.0, rope_scaling=LINEAR
+        ),
+        DecoderConfig(30, 3, 31, False, output_scale=0.5, dropout=0.25, scan=True, remat=True, norm_eps=1e-5),
         DataConfig("other", "bytes", 300, 17, data_dir="/d", manual_dir="/m"),
         OptimizerConfig(1.5, 2, 0.5, 0.1, 0.2, 0.3, 0.4),
         TrainConfig(11, 12, 3, "bfloat16", 4, 5, 6, 7, 8),

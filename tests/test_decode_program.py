@@ -32,7 +32,8 @@ VARIANTS = {
 
 def compiled(attention, batch):
     config = DecoderConfig(width=32, depth=8, mlp_width=64)
-    graphdef, params = fused(*nnx.split(Decoder(config, attention, VOCAB, jax.random.key(0))))
+    split = nnx.split(Decoder(config, attention, VOCAB, jax.random.key(0)))
+    graphdef, params = fused(*split, turn=batch == 1)
     cache = nnx.merge(graphdef, params).init_cache(batch, SLOTS, Exact())
     state = cache, jnp.zeros((batch, VOCAB)), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool)
     keys_B, stop_E = jax.random.split(jax.random.key(0), batch), jnp.zeros(16, jnp.int32)

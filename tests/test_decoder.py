@@ -253,7 +253,8 @@ def test_wrong_fields(field, value, rule):
 @pytest.mark.parametrize(
     "config", [Grouped(6, 2, head_dim=10, qk_norm=True, qkv_bias=True), Grouped(6, 6, head_dim=10)]
 )
-def test_fused_weights_are_the_same_model(config, error):
+@pytest.mark.parametrize("turn", [False, True], ids=["as they are", "turned"])
+def test_fused_weights_are_the_same_model(config, turn, error):
     """One product for query, key and value; every other weight is the same array."""
     graphdef, params = nnx.split(
         Decoder(DecoderConfig(width=23, depth=2, mlp_width=31), config, 29, jax.random.key(0))
@@ -261,9 +262,11 @@ def test_fused_weights_are_the_same_model(config, error):
     params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), params)
     tokens_BT = np.random.default_rng(0).integers(0, 29, (3, 11), np.int32)
     right, _ = nnx.merge(graphdef, params)(tokens_BT)
-    graphdef_fused, params_fused = fused(graphdef, params)
+    graphdef_fused, params_fused = fused(graphdef, params, turn)
+    again, _ = nnx.merge(*fused(graphdef_fused, params_fused, turn))(tokens_BT)
     made, _ = nnx.merge(graphdef_fused, params_fused)(tokens_BT)
     assert error(made, np.asarray(right, np.float64)) < 2e-5
+    np.testing.assert_array_equal(again, made)
     assert sum(a.size for a in jax.tree.leaves(params)) == sum(a.size for a in jax.tree.leaves(params_fused))
     assert len(jax.tree.leaves(params)) == len(jax.tree.leaves(params_fused)) + 2 * 2
     assert nnx.merge(graphdef, params).layers[0].attention.q_DNH.shape == (23, config.num_heads, 10)  # untouched

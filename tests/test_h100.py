@@ -88,7 +88,7 @@ def decode_program(config, device):
 
     def build():
         model = config.build(config.data.vocab_size)
-        return nnx.merge(*fused(*nnx.split(model)))
+        return nnx.merge(*fused(*nnx.split(model), turn=False))
 
     graphdef, params = nnx.split(nnx.eval_shape(build))
     params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), params)

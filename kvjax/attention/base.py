@@ -20,6 +20,8 @@ from jax import lax
 
 from kvjax.attention.heads import MASKED, Band, causal_attention
 from kvjax.checks import at_least
+from kvjax.layers import rotate
+from kvjax.rope import RopeScaling
 
 Queries = Any  # a pytree that only its variant looks into
 Memory = dict[str, jax.Array]
@@ -56,6 +58,8 @@ class AttentionConfig(abc.ABC):
     """Latest positions that a query sees, its own among them; None for all."""
     num_sinks: int | None = field(default=None, kw_only=True)
     """First positions that a query sees besides its window (Xiao et al. 2024)."""
+    rope_scaling: RopeScaling | None = field(default=None, kw_only=True)
+    """How rotary frequencies are stretched to longer texts; None leaves them."""
 
     def __post_init__(self):
         at_least("num_heads", self.num_heads, 1)
@@ -94,6 +98,10 @@ class Attention(nnx.Module):
     expand_from: int = 2
     """Fewest query tokens for which reading a cache in expanded form takes fewer FLOPs."""
 
+    def rotate(self, x: jax.Array, positions_BT: jax.Array, interleaved: bool = False) -> jax.Array:
+        """Rotary positions by the config's base and scaling."""
+        return rotate(x, positions_BT, self.config.rope_theta, interleaved, self.config.rope_scaling)
+
     @abc.abstractmethod
     def project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[Queries, Memory]:
         """Queries, and the entry: all that these tokens leave behind."""
@@ -108,8 +116,11 @@ class Attention(nnx.Module):
     def merge(self, heads_BNTV: jax.Array) -> jax.Array:
         """The variant's result `y_BTD` from the heads' weighted values."""
 
-    def fuse(self) -> None:
-        """Join weights that read the same input, as decoding wants them: fewer, larger products a token."""
+    def fuse(self, turn: bool) -> None:
+        """Join weights that read the same input, as decoding wants them: fewer, larger products a token.
+
+        `turn` may keep weights output axis first (see `MLP.turn`).
+        """
 
     def absorb(self, queries: Queries) -> Queries:
         """Queries in the form that `score` takes: what can be done once, before the slots are read."""

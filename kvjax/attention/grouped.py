@@ -3,7 +3,7 @@
 B batch, T query tokens, S memory slots, D width, N query heads, K kv heads, G = N // K, H head dim.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ from flax import nnx
 from jax import lax
 
 from kvjax.attention.base import Attention, AttentionConfig
-from kvjax.checks import at_least, even, multiple
-from kvjax.layers import RMSNorm, from_heads, normal, project, rotate, subkey, to_heads
+from kvjax.checks import at_least, even, multiple, positive
+from kvjax.layers import RMS_EPS, RMSNorm, from_heads, normal, project, subkey, to_heads
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class Grouped(AttentionConfig):
     """RMSNorm over each head's query and key, before the rotation (as Qwen3)."""
     qkv_bias: bool = False
     """Bias on query, key and value projections (as Qwen2)."""
+    output_bias: bool = field(default=False, kw_only=True)
+    """Bias on the output projection (as Llama's `attention_bias`, beside the three of `qkv_bias`)."""
+    norm_eps: float = field(default=RMS_EPS, kw_only=True)
+    """What `qk_norm` adds to mean squares."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -37,6 +41,7 @@ class Grouped(AttentionConfig):
         at_least("head_dim", self.head_dim, 2)
         even("head_dim", self.head_dim)
         at_least("rope_theta", self.rope_theta, 1.0)
+        positive("norm_eps", self.norm_eps)
 
     def build(self, width: int, output_scale: float, key: jax.Array) -> "GroupedAttention":
         """The module for a decoder of this width."""
@@ -67,8 +72,10 @@ class GroupedAttention(Attention):
             self.k_bias_KH = nnx.Param(jnp.zeros((K, H)))
             self.v_bias_KH = nnx.Param(jnp.zeros((K, H)))
         if config.qk_norm:
-            self.q_norm = RMSNorm(H)
-            self.k_norm = RMSNorm(H)
+            self.q_norm = RMSNorm(H, config.norm_eps)
+            self.k_norm = RMSNorm(H, config.norm_eps)
+        if config.output_bias:
+            self.o_bias_D = nnx.Param(jnp.zeros(D))
 
     def project(self, x_BTD, positions_BT):
         """Queries `BKGTH` and the entry `k_BKTH, v_BKTH`."""
@@ -79,24 +86,29 @@ class GroupedAttention(Attention):
             v_BKTH += self.v_bias_KH[...][None, :, None]
         if self.config.qk_norm:
             q_BNTH, k_BKTH = self.q_norm(q_BNTH), self.k_norm(k_BKTH)
-        q_BNTH, k_BKTH = (rotate(a, positions_BT, self.config.rope_theta) for a in (q_BNTH, k_BKTH))
+        q_BNTH, k_BKTH = (self.rotate(a, positions_BT) for a in (q_BNTH, k_BKTH))
         B, N, T, H = q_BNTH.shape
         K = self.config.num_kv_heads
         return q_BNTH.reshape(B, K, N // K, T, H), {"k": k_BKTH, "v": v_BKTH}
 
     def _heads(self, x_BTD):
-        if not hasattr(self, "qkv_DF"):
+        if hasattr(self, "q_DNH"):
             return [to_heads(x_BTD, w[...]) for w in (self.q_DNH, self.k_DKH, self.v_DKH)]
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        parts = jnp.split(project(x_BTD, self.qkv_DF[...]), [N * H, (N + K) * H], axis=-1)
+        qkv_DF = self.qkv_FD[...].T if hasattr(self, "qkv_FD") else self.qkv_DF[...]
+        parts = jnp.split(project(x_BTD, qkv_DF), [N * H, (N + K) * H], axis=-1)
         return [jnp.swapaxes(a.reshape(*a.shape[:2], -1, H), 1, 2) for a in parts]
 
-    def fuse(self):
+    def fuse(self, turn):
         """Query, key and value weights as one."""
-        if hasattr(self, "qkv_DF"):
+        if not hasattr(self, "q_DNH"):
             return
         weights = (self.q_DNH, self.k_DKH, self.v_DKH)
-        self.qkv_DF = nnx.Param(jnp.concatenate([w[...].reshape(w.shape[0], -1) for w in weights], axis=1))
+        qkv_DF = jnp.concatenate([w[...].reshape(w.shape[0], -1) for w in weights], axis=1)
+        if turn:
+            self.qkv_FD = nnx.Param(qkv_DF.T)
+        else:
+            self.qkv_DF = nnx.Param(qkv_DF)
         del self.q_DNH, self.k_DKH, self.v_DKH
 
     def expand(self, queries, memory, positions_BS):
@@ -105,7 +117,8 @@ class GroupedAttention(Attention):
 
     def merge(self, heads_BNTV):
         """Every head through its part of the output projection."""
-        return from_heads(heads_BNTV, self.o_NHD[...])
+        y_BTD = from_heads(heads_BNTV, self.o_NHD[...])
+        return y_BTD + self.o_bias_D[...][None, None] if self.config.output_bias else y_BTD
 
     def score(self, queries, memory, positions_BS):
         """The queries of a group are rows against their one key head."""

@@ -5,15 +5,15 @@ E = H + P, V value dim, R latent rank, Q query rank, C = R + P.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 
 from kvjax.attention.base import Attention, AttentionConfig
 from kvjax.attention.heads import shared_scores
-from kvjax.checks import at_least, even
-from kvjax.layers import RMSNorm, from_heads, normal, project, rotate, subkey, to_heads
+from kvjax.checks import at_least, even, positive
+from kvjax.layers import RMSNorm, from_heads, normal, project, subkey, to_heads
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,20 @@ class Latent(AttentionConfig):
     """Base of the rotary frequencies."""
     rope_interleaved: bool = False
     """Rotate pairs (2j, 2j + 1), as DeepSeek's weights are laid out."""
+    logit_scale: float | None = field(default=None, kw_only=True)
+    """What logits are multiplied by before the softmax; None for (nope_dim + rope_dim)^-0.5."""
 
     def __post_init__(self):
         super().__post_init__()
-        for field in ("rank", "nope_dim", "value_dim"):
-            at_least(field, getattr(self, field), 1)
+        for name in ("rank", "nope_dim", "value_dim"):
+            at_least(name, getattr(self, name), 1)
         at_least("rope_dim", self.rope_dim, 2)
         even("rope_dim", self.rope_dim)
         if self.query_rank is not None:
             at_least("query_rank", self.query_rank, 1)
         at_least("rope_theta", self.rope_theta, 1.0)
+        if self.logit_scale is not None:
+            positive("logit_scale", self.logit_scale)
 
     def build(self, width: int, output_scale: float, key: jax.Array) -> "LatentAttention":
         """The module for a decoder of this width."""
@@ -65,7 +69,7 @@ class LatentAttention(Attention):
         D, N, R, P = width, config.num_heads, config.rank, config.rope_dim
         H, V, Q = config.nope_dim, config.value_dim, config.query_rank
         self.config = config
-        self.scale = (H + P) ** -0.5
+        self.scale = config.logit_scale or (H + P) ** -0.5
         if Q is None:
             self.q_DNE = normal(subkey(key, "q"), (D, N, H + P), D)
         else:
@@ -91,11 +95,9 @@ class LatentAttention(Attention):
         q_BNTH, q_rope_BNTP = jnp.split(q_BNTE, [self.config.nope_dim], axis=-1)
         c_BTC = project(x_BTD, self.kv_down_DC[...])
         latent_BTR, k_rope_BTP = jnp.split(c_BTC, [self.config.rank], axis=-1)
-        entry = {"latent": self.kv_norm(latent_BTR), "k_rope": self._rotate(k_rope_BTP, positions_BT)}
-        return (q_BNTH, self._rotate(q_rope_BNTP, positions_BT)), entry
-
-    def _rotate(self, x, positions_BT):
-        return rotate(x, positions_BT, self.config.rope_theta, self.config.rope_interleaved)
+        turn = lambda x: self.rotate(x, positions_BT, self.config.rope_interleaved)
+        entry = {"latent": self.kv_norm(latent_BTR), "k_rope": turn(k_rope_BTP)}
+        return (q_BNTH, turn(q_rope_BNTP)), entry
 
     def expand(self, queries, memory, positions_BS):
         """Keys `[no-position | rotary]` and values of every head."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from kvjax.attention.base import Attention, AttentionConfig
 from kvjax.attention.heads import shared_scores
 from kvjax.checks import at_least, even, one_of
-from kvjax.layers import from_heads, normal, project, rotate, subkey, to_heads
+from kvjax.layers import from_heads, normal, project, subkey, to_heads
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class LowRankAttention(Attention):
         """Queries `BNTH` and the entry: the latents `BTR`."""
         q_BNTH = to_heads(x_BTD, self.q_DNH[...])
         if self.config.position == "rope":
-            q_BNTH = rotate(q_BNTH, positions_BT, self.config.rope_theta)
+            q_BNTH = self.rotate(q_BNTH, positions_BT)
         if self.config.rank is not None:
             return q_BNTH, {"latent": project(x_BTD, self.down_DR[...])}
         return q_BNTH, {
@@ -114,7 +114,7 @@ class LowRankAttention(Attention):
 
     def _keys(self, memory, positions_BS):
         k_BNSH = jnp.einsum("BSR,RNH->BNSH", memory[self.key_latent], self.up_k_RNH[...])
-        return rotate(k_BNSH, positions_BS, self.config.rope_theta) if self.config.position == "rope" else k_BNSH
+        return self.rotate(k_BNSH, positions_BS) if self.config.position == "rope" else k_BNSH
 
     def expand(self, queries, memory, positions_BS):
         """Keys (rotated where they turn) and values of every head."""

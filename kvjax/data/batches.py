@@ -5,6 +5,7 @@ A training batch is a function of (seed, step) and nothing else, so a resumed ru
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -41,26 +42,55 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, split: str) -> Corpus:
     key = digest([tokenizer.digest.encode(), *texts])[:16]
     path = config.folder() / "tokens" / f"{file_name(config.name)}-{split}-{key}.npy"
     if not path.exists():
-        parts = [part for text in texts for part in ([tokenizer.end_id], tokenizer.encode(text))]
+        encoded = tokenize(tokenizer, texts)
         with atomic_file(path) as file:
-            np.save(file, np.concatenate(parts, dtype=np.int32, casting="same_kind"), allow_pickle=False)
+            np.save(file, encoded.ids, allow_pickle=False)
     try:
         ids = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is damaged, delete it: {error}") from error
-    # Text never encodes to end of text, so the offsets need not be stored.
-    starts = np.append(np.flatnonzero(ids == tokenizer.end_id), len(ids))
-    if not _spells(tokenizer, ids, starts, texts):
+    # Text never encodes to the token that begins a document, so the offsets need not be stored.
+    starts = np.append(np.flatnonzero(ids == tokenizer.begin_id), len(ids))
+    known = len(starts) == len(texts) + 1 and ids.min() >= 0 and ids.max() < tokenizer.vocab_size
+    if not (known and _misspelled(tokenizer, ids, starts, texts) is None):
         raise ValueError(f"{path} is damaged, delete it: its tokens do not spell the text")
-    return Corpus(ids, starts, np.array([len(text) for text in texts], dtype=np.int64))
+    return Corpus(ids, starts, _lengths(texts))
 
 
-def _spells(tokenizer: Tokenizer, ids: np.ndarray, starts: np.ndarray, texts: list[bytes]) -> bool:
-    if len(starts) != len(texts) + 1 or ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
-        return False
+def tokenize(tokenizer: Tokenizer, texts: Sequence[bytes]) -> Corpus:
+    """Tokens of texts in UTF-8; ValueError where they do not spell the text."""
+    parts = [part for text in texts for part in ([tokenizer.begin_id], tokenizer.encode(text))]
+    ids = np.concatenate(parts, dtype=np.int32, casting="same_kind")
+    starts = np.cumsum([0, *(1 + len(part) for part in parts[1::2])], dtype=np.int64)
+    wrong = _misspelled(tokenizer, ids, starts, texts)
+    if wrong is not None:
+        raise ValueError(f"the tokenizer loses something of document {wrong}: its tokens do not spell the text")
+    return Corpus(ids, starts, _lengths(texts))
+
+
+def first_tokens(corpus: Corpus, tokenizer: Tokenizer, num_tokens: int) -> Corpus:
+    """The first `num_tokens` predicted tokens: whole documents, and the beginning of one; ValueError if fewer."""
+    at_least("num_tokens", num_tokens, 1)
+    predicted = np.diff(corpus.starts) - 1
+    if num_tokens > predicted.sum():
+        raise ValueError(f"num_tokens={num_tokens} must be at most {predicted.sum()}, all that the text has")
+    last = int(np.searchsorted(np.cumsum(predicted), num_tokens))
+    stop = int(corpus.starts[last] + 1 + num_tokens - predicted[:last].sum())
+    # Of a character that the cut parts, no byte counts.
+    tail = tokenizer.decode(corpus.ids[corpus.starts[last] + 1 : stop]).rstrip("\ufffd")
+    num_bytes = np.append(corpus.num_bytes[:last], len(tail.encode()))
+    return Corpus(corpus.ids[:stop], np.append(corpus.starts[: last + 1], stop), num_bytes)
+
+
+def _lengths(texts: Sequence[bytes]) -> np.ndarray:
+    return np.array([len(text) for text in texts], dtype=np.int64)
+
+
+def _misspelled(tokenizer: Tokenizer, ids: np.ndarray, starts: np.ndarray, texts: Sequence[bytes]) -> int | None:
+    """The first document that its tokens do not spell."""
     spans = zip(starts[:-1] + 1, starts[1:])
-    piece = tokenizer.pieces.__getitem__
-    return all(b"".join(map(piece, ids[i:j].tolist())) == text for (i, j), text in zip(spans, texts))
+    spelled = (tokenizer.decode(ids[i:j]).encode() == text for (i, j), text in zip(spans, texts))
+    return next((d for d, right in enumerate(spelled) if not right), None)
 
 
 class TrainBatches:

@@ -1,11 +1,11 @@
 """What text a model reads, and how it is cut into tokens."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Literal, get_args
 
 from kvjax.checks import at_least
+from kvjax.data.store import data_folder
 
 TokenizerKind = Literal["bpe", "bytes"]
 
@@ -44,8 +44,4 @@ class DataConfig:
 
     def folder(self) -> Path:
         """Folder that `data_dir` stands for (it may not exist yet)."""
-        if self.data_dir is not None:
-            return Path(self.data_dir).expanduser()
-        if "KVJAX_DATA" in os.environ:
-            return Path(os.environ["KVJAX_DATA"]).expanduser()
-        return Path.home() / ".cache" / "kvjax"
+        return data_folder() if self.data_dir is None else Path(self.data_dir).expanduser()

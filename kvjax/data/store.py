@@ -1,10 +1,18 @@
-"""Files in the data folder that several processes may write at once."""
+"""The data folder, and files in it that several processes may write at once."""
 
 import contextlib
 import fcntl
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+
+def data_folder() -> Path:
+    """$KVJAX_DATA, or ~/.cache/kvjax where that is unset (it may not exist yet)."""
+    if "KVJAX_DATA" in os.environ:
+        return Path(os.environ["KVJAX_DATA"]).expanduser()
+    return Path.home() / ".cache" / "kvjax"
 
 
 @contextlib.contextmanager

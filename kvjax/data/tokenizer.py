@@ -40,8 +40,13 @@ class Tokenizer(abc.ABC):
 
     @property
     def end_id(self) -> int:
-        """The end-of-text token, which also stands before the first token of every document."""
+        """The end-of-text token."""
         return len(self.pieces) - 1
+
+    @property
+    def begin_id(self) -> int:
+        """The token before the first one of every document: end of text, where a model knows no other."""
+        return self.end_id
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """int32 ids of a text, without end of text; ValueError where it is not valid Unicode."""
@@ -54,7 +59,10 @@ class Tokenizer(abc.ABC):
             raise ValueError(f"ids must be a vector of integers, not {array.dtype} of shape {array.shape}")
         for bad in array[(array < 0) | (array >= self.vocab_size)][:1]:
             raise ValueError(f"id {bad} is outside the vocabulary of {self.vocab_size} ids")
-        return b"".join(self.pieces[i] for i in array.tolist()).decode("utf-8", errors="replace")
+        return self._decode(array.tolist())
+
+    def _decode(self, ids: list[int]) -> str:
+        return b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")
 
     @property
     def digest(self) -> str:
@@ -67,6 +75,10 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def to_json(self) -> str:
         """Everything that `from_json` needs to build this tokenizer again."""
+
+    @abc.abstractmethod
+    def to_hugging_face(self) -> str:
+        """A `tokenizer.json` that gives the same ids, and puts `begin_id` before a text."""
 
 
 class ByteTokenizer(Tokenizer):
@@ -81,6 +93,13 @@ class ByteTokenizer(Tokenizer):
     def to_json(self) -> str:
         """Only its kind: it has no parameters."""
         return json.dumps({"kind": "bytes"})
+
+    def to_hugging_face(self) -> str:
+        """Byte-level pair encoding without merges."""
+        from tokenizers import models
+
+        vocab = {letter: byte for letter, byte in _byte_alphabet().items()}
+        return _with_end_of_text(_hugging_face(models.BPE(vocab=vocab, merges=[]), PATTERN))
 
 
 class BPETokenizer(Tokenizer):
@@ -129,6 +148,73 @@ class BPETokenizer(Tokenizer):
         merges = [" ".join(pair) for pair in self.merges]
         return json.dumps({"kind": "bpe", "pattern": self.pattern, "merges": merges})
 
+    def to_hugging_face(self) -> str:
+        """The model that encodes, with end of text as a special token."""
+        from tokenizers import Tokenizer
+
+        return _with_end_of_text(Tokenizer.from_str(self._model.to_str()))
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json` of Hugging Face; special tokens are ids that no text encodes to.
+
+    `vocab_size` is the model's, whose last ids may be padding, which decodes to nothing. ValueError where
+    the text is no tokenizer, or an id is outside of the vocabulary.
+    """
+
+    def __init__(self, text: str, begin_id: int | None, end_id: int, vocab_size: int):
+        from tokenizers import Tokenizer
+
+        try:
+            self._model = Tokenizer.from_str(text)
+        except Exception as error:  # tokenizers raises no narrower class.
+            raise ValueError(f"not a tokenizer.json: {error}") from error
+        self._model.encode_special_tokens = True  # text that looks like one stays text
+        self._model.no_truncation()
+        self._model.no_padding()
+        highest = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1)
+        if highest >= vocab_size:
+            raise ValueError(f"a tokenizer with the id {highest} needs a vocab_size above {vocab_size}")
+        self._size = vocab_size
+        self._begin_id, self._end_id = end_id if begin_id is None else begin_id, end_id
+        for name, token in (("begin_id", self._begin_id), ("end_id", end_id)):
+            if not 0 <= token < self._size:
+                raise ValueError(f"{name}={token} must be at least 0 and below vocab_size={vocab_size}")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of the model's ids."""
+        return self._size
+
+    @property
+    def end_id(self) -> int:
+        """The end-of-text token."""
+        return self._end_id
+
+    @property
+    def begin_id(self) -> int:
+        """The token before the first one of every document."""
+        return self._begin_id
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its text, special ones too."""
+        return self._model.token_to_id(token)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids, skip_special_tokens=False)
+
+    def to_json(self) -> str:
+        """The `tokenizer.json`, and what it does not name."""
+        ids = {"begin_id": self._begin_id, "end_id": self._end_id, "vocab_size": self._size}
+        return json.dumps({"kind": "hugging_face", **ids, "tokenizer": json.loads(self.to_hugging_face())})
+
+    def to_hugging_face(self) -> str:
+        """As it was given, but for spaces."""
+        return self._model.to_str()
+
 
 def from_json(text: str) -> Tokenizer:
     """The tokenizer whose `to_json` this is; ValueError where it is none."""
@@ -139,9 +225,12 @@ def from_json(text: str) -> Tokenizer:
         if fields["kind"] == "bpe" and len(fields) == 3:
             pairs = [merge.split(" ") for merge in fields["merges"]]
             return BPETokenizer([(left, right) for left, right in pairs], fields["pattern"])
+        if fields["kind"] == "hugging_face" and len(fields) == 5:
+            ids = (fields[name] for name in ("begin_id", "end_id", "vocab_size"))
+            return HuggingFaceTokenizer(json.dumps(fields["tokenizer"]), *ids)
     except Exception as error:  # tokenizers raises no narrower class.
         raise ValueError(f"not the JSON of a tokenizer: {error}") from error
-    raise ValueError("not the JSON of a tokenizer: its kind must be 'bpe' or 'bytes'")
+    raise ValueError("not the JSON of a tokenizer: its kind must be 'bpe', 'bytes' or 'hugging_face'")
 
 
 def load_tokenizer(config: DataConfig) -> Tokenizer:
@@ -185,6 +274,19 @@ def _hugging_face(model: Any, pattern: str) -> Any:
         ]
     )
     return tokenizer
+
+
+def _with_end_of_text(tokenizer: Any) -> str:
+    """As JSON, end of text the last id, a special token, and before every text."""
+    from tokenizers import AddedToken, decoders, processors
+
+    name = END_OF_TEXT.decode()
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{name} $A", pair=f"{name} $A $B", special_tokens=[(name, tokenizer.token_to_id(name))]
+    )
+    return tokenizer.to_str()
 
 
 def _byte_alphabet() -> dict[str, int]:

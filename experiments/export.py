@@ -1,0 +1,55 @@
+"""A trained run as a model that transformers loads: `python -m experiments.export --run runs/gqa4 --to DIR`.
+
+Grouped attention becomes Llama, Mistral, Qwen2 or Qwen3, MLA becomes DeepSeek-V3, with the tokenizer and a
+card of what was trained, on what, and how well it did.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import cli
+from kvjax import host, results
+
+
+def run(argv: Sequence[str]) -> int:
+    """Export, and print where."""
+    options = arguments(argv)
+    host.prepare()
+    from kvjax.config import to_dict
+    from kvjax.model import open_model
+    from kvjax.pretrained import save
+    from kvjax.runs import RESULT
+
+    model = open_model(options.run, None)
+    assert model.config is not None
+    for line in model.damaged:
+        print(f"damaged checkpoint passed over: {line}")
+    result = options.run / RESULT
+    score = results.read_json(result) if result.is_file() else {"result": "the run has not finished"}
+    facts = {
+        "data": f"{model.config.data.name}, {model.config.data.tokenizer} tokenizer",
+        "steps": model.step,
+        **{name: score[name] for name in ("perplexity", "bits_per_byte", "bits_per_byte_se") if name in score},
+        "config": "`" + json.dumps(to_dict(model.config)) + "`",
+    }
+    save(options.to, model, options.max_len or model.config.data.context, facts)
+    print(options.to)
+    return 0
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Options of this command, checked."""
+    parser = cli.parser("experiments.export", __doc__)
+    parser.add_argument("--run", type=Path, metavar="DIR", required=True, help="directory of a run")
+    parser.add_argument("--to", type=Path, metavar="DIR", required=True, help="new directory to write")
+    parser.add_argument("--max-len", type=int, help="positions it is made for (default: the run's context)")
+    options = parser.parse_args(argv)
+    if options.max_len is not None and options.max_len < 1:
+        raise ValueError(f"--max-len={options.max_len} must be at least 1")
+    return options
+
+
+if __name__ == "__main__":
+    cli.main(run)
