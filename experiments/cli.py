@@ -20,6 +20,7 @@ from kvjax.checks import one_of
 from kvjax.config import Config
 
 T = TypeVar("T")
+PLAIN = (tyro.conf.AvoidSubcommands,)
 
 
 def presets() -> list[str]:
@@ -35,13 +36,14 @@ def preset(name: str) -> Config:
 
 def override(default: T, arguments: Sequence[str], prog: str, description: str) -> T:
     """`default` with dotted overrides, as `--attention.num-kv-heads 2`; ValueError with one line."""
+    about: dict[str, Any] = {"prog": prog, "description": description}
     if "--help" in arguments or "-h" in arguments:
-        return tyro.cli(type(default), default=default, args=list(arguments), prog=prog, description=description)
+        return tyro.cli(type(default), default=default, args=list(arguments), config=PLAIN, **about)
     _refuse_unknown(default, arguments)
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
-            return tyro.cli(type(default), default=default, args=list(arguments), prog=prog)
+            return tyro.cli(type(default), default=default, args=list(arguments), config=PLAIN, prog=prog)
     except SystemExit:
         raise ValueError(_one_line(message.getvalue())) from None
 
@@ -60,6 +62,8 @@ def _options(value: Any, prefix: str) -> Iterator[str]:
     """Options of a dataclass, dotted, as tyro spells them."""
     for field in dataclasses.fields(value):
         name, part = field.name.replace("_", "-"), getattr(value, field.name)
+        if field.name == "rope_scaling":
+            continue  # a rule with fields of its own, which comes with a preset or a pretrained model
         if dataclasses.is_dataclass(part):
             yield from _options(part, f"{prefix}{name}.")
         else:
@@ -92,6 +96,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=Path, metavar="DIR", help="directory of a run")
     which.add_argument("--model", metavar="NAME_OR_DIR", help="a pretrained model: smollm2, or its directory")
+
+
+def open_model(options: argparse.Namespace) -> Any:
+    """The model that `--run` or `--model` names; damaged checkpoints that were passed over are told."""
+    from kvjax.model import open_model
+
+    model = open_model(options.run, options.model)
+    for line in model.damaged:
+        print(f"damaged checkpoint passed over: {line}")
+    return model
 
 
 def integers(option: str, text: str) -> list[int]:

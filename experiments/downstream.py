@@ -22,13 +22,10 @@ MOST_DEVICES = 4  # a batch has a row of each at least
 def run(argv: Sequence[str]) -> int:
     """Evaluate, and print a line for each task."""
     options = arguments(argv)
-    host.prepare(MOST_DEVICES)
+    host.prepare(MOST_DEVICES if options.run else 1)  # every device holds the weights
     from kvjax.downstream import LikelihoodScorer, evaluate_task
-    from kvjax.model import open_model
 
-    model = open_model(options.run, options.model)
-    for line in model.damaged:
-        print(f"damaged checkpoint passed over: {line}")
+    model = cli.open_model(options)
     items = {task: load_items(task) for task in options.tasks}
     totals = {task: len(all_items) for task, all_items in items.items()}
     if options.limit is not None:

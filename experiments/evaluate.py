@@ -21,21 +21,18 @@ THROUGH = {"none": "no cache", "prefill": "cache, one pass", "decode": "cache, t
 def run(argv: Sequence[str]) -> int:
     """Evaluate, and print a line for each way."""
     options = arguments(argv)
-    host.prepare(options.batch_size)
+    host.prepare(options.batch_size if options.run else 1)  # every device holds the weights
     import jax
 
     from kvjax import sharding
     from kvjax.evaluate import evaluate, make_scorer
-    from kvjax.model import open_model
 
     mesh = sharding.make_mesh(options.batch_size, "--batch-size")
-    model = open_model(options.run, options.model)
-    for line in model.damaged:
-        print(f"damaged checkpoint passed over: {line}")
+    model = cli.open_model(options)
     context = options.context or (model.config.data.context if model.config else min(1024, model.max_len or 1024))
     if model.max_len is not None and context > model.max_len:
         raise ValueError(f"--context={context} must be at most the model's max_len={model.max_len}")
-    corpus = _corpus(options, model)
+    data, corpus = _corpus(options, model)
     params = sharding.replicate(model.params, mesh)
     scores = {}
     for way in options.cache:
@@ -51,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
         )
     if options.json is not None:
         rows = {way: score.row() for way, score in scores.items()}
-        header = {"model": model.name, "data": options.data, "split": options.split, "context": context}
+        header = {"model": model.name, "data": data, "context": context}
         header |= {"step": model.step, "dtype": jax.tree.leaves(model.params)[0].dtype.name}
         results.write_json(options.json, header | {"scores": rows, "environment": results.environment()})
     return 0
@@ -64,7 +61,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", metavar="NAME_OR_FILE", help="text to score (default: the run's own, or sotu)")
     parser.add_argument("--context", type=int, help="tokens of a window (default: the run's, or 1024)")
     parser.add_argument("--tokens", type=int, metavar="N", help="score only the first N tokens")
-    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--split", choices=("validation", "test"), help="of a dataset (default: validation)")
     parser.add_argument(
         "--cache",
         nargs="+",
@@ -72,9 +69,11 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=("none", "decode"),
         help="ways to score: none (training form), prefill (written and read at once), decode (token by token)",
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="windows at a time (default: 32)")
+    parser.add_argument("--batch-size", type=int, help="windows at a time (default: 32; of a pretrained model 4)")
     parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="write the scores here")
     options = parser.parse_args(argv)
+    if options.batch_size is None:
+        options.batch_size = 32 if options.run else 4
     for name in ("batch_size", "context", "tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -82,17 +81,28 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _corpus(options: argparse.Namespace, model: Any) -> Any:
+def _corpus(options: argparse.Namespace, model: Any) -> tuple[str, Any]:
+    """The text's name, without its folder, and its tokens."""
     from kvjax.data import DataConfig, load_corpus
     from kvjax.data.batches import first_tokens, tokenize
 
-    data = model.config.data if model.config else DataConfig()
-    if options.data is not None and Path(options.data).is_file():
-        corpus = tokenize(model.tokenizer, [Path(options.data).read_bytes()])
+    file = None if options.data is None else Path(options.data)
+    if file is not None and file.is_file():
+        if options.split is not None:
+            raise ValueError(f"--split={options.split} goes with a dataset; {file} is a file")
+        try:
+            name, corpus = file.name, tokenize(model.tokenizer, [file.read_bytes()])
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
     else:
-        data = dataclasses.replace(data, name=options.data) if options.data is not None else data
-        corpus = load_corpus(data, model.tokenizer, options.split)
-    return corpus if options.tokens is None else first_tokens(corpus, model.tokenizer, options.tokens)
+        data = model.config.data if model.config else DataConfig()
+        data = data if options.data is None else dataclasses.replace(data, name=options.data)
+        split = options.split or "validation"
+        name, corpus = f"{data.name} {split}", load_corpus(data, model.tokenizer, split)
+    corpus = corpus if options.tokens is None else first_tokens(corpus, model.tokenizer, options.tokens)
+    if len(corpus.ids) == len(corpus.num_bytes):
+        raise ValueError(f"{name} has no text to score")
+    return name, corpus
 
 
 if __name__ == "__main__":

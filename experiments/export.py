@@ -22,16 +22,20 @@ def run(argv: Sequence[str]) -> int:
     from kvjax.pretrained import save
     from kvjax.runs import RESULT
 
-    model = open_model(options.run, None)
+    model = open_model(options.run, None, "float32")
     assert model.config is not None
     for line in model.damaged:
         print(f"damaged checkpoint passed over: {line}")
-    result = options.run / RESULT
-    score = results.read_json(result) if result.is_file() else {"result": "the run has not finished"}
+    result, steps = options.run / RESULT, model.config.train.steps
     facts = {
+        "trained with": "kvjax",
         "data": f"{model.config.data.name}, {model.config.data.tokenizer} tokenizer",
-        "steps": model.step,
-        **{name: score[name] for name in ("perplexity", "bits_per_byte", "bits_per_byte_se") if name in score},
+        "steps": f"{model.step} of {steps}",
+    }
+    if result.is_file() and model.step == steps:  # the score is of the last step
+        score, names = results.read_json(result), ("perplexity", "bits_per_byte", "bits_per_byte_se")
+        facts |= {f"validation {name}": score[name] for name in names}
+    facts |= {
         "config": "`" + json.dumps(to_dict(model.config)) + "`",
     }
     save(options.to, model, options.max_len or model.config.data.context, facts)

@@ -27,36 +27,37 @@ def run(argv: Sequence[str]) -> int:
     host.prepare()
     from kvjax.cache import nbytes
     from kvjax.generate import Session, padded, without_cache
-    from kvjax.model import open_model
     from kvjax.sampling import Sampling
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
-    model = open_model(options.run, options.model)
-    for line in model.damaged:
-        print(f"damaged checkpoint passed over: {line}")
+    model = cli.open_model(options)
     tokenizer = model.tokenizer
     sampling.check(tokenizer.vocab_size)
     stop = list(model.stop_ids) if options.stop_at_end or options.chat else []
-    turn = _chat(tokenizer) if options.chat else _text(tokenizer)
-    ids = turn(_prompt(options.prompt), None)
+    turn = _chat(tokenizer, _system(options)) if options.chat else _text(tokenizer)
+    line = _ask() if options.interactive and not options.prompt else _prompt(options.prompt)
+    if line is None:
+        return 0
+    ids = turn(line, None)
     row: dict[str, Any] = {"model": model.name, "cached": options.cache, "seed": options.seed}
     if not options.cache:
         _check_length(len(ids) + options.tokens, model.max_len)
         tokens = without_cache(model.graphdef, model.params, ids, options.tokens, sampling, options.seed, stop)
-        made, figures = _watch(tokenizer, ([token] for token in tokens))
+        made, figures = _watch(tokenizer, ([token] for token in tokens), stop)
         row |= {"prompt_tokens": len(ids)} | figures
-        _close(row, tokenizer.decode(made), options.json)
+        _close(row, tokenizer.decode([token for token in made if token not in stop]), options.json)
         return 0
     max_len = options.max_len or padded(len(ids)) + options.tokens
-    used = len(ids) + options.tokens
-    _check_length(used, model.max_len)
+    said = len(ids)
+    _check_length(said + options.tokens, model.max_len)
     session = Session(model.graphdef, model.params, 1, max_len)
     while True:
         started = time.perf_counter()
         session.feed([ids], then=options.tokens)
         row |= {"prompt_tokens": len(ids), "prompt_seconds": time.perf_counter() - started}
         parts = session.stream(options.tokens, sampling, options.seed, stop, every=EVERY)
-        made, figures = _watch(tokenizer, (part.tokens[0].tolist() for part in parts), hidden=stop)
+        made, figures = _watch(tokenizer, (part.tokens[0].tolist() for part in parts), stop)
+        said += len(made)
         row |= figures
         used = int(session.cache.length)
         row |= {
@@ -65,15 +66,15 @@ def run(argv: Sequence[str]) -> int:
             "cache_bytes": nbytes(session.cache.memory),
             "cache_bytes_per_token": session.cache.bytes_per_token(),
         }
-        _close(row, tokenizer.decode(made), options.json)
+        _close(row, tokenizer.decode([token for token in made if token not in stop]), options.json)
         if not options.interactive:
             return 0
         line = _ask()
         if line is None:
             return 0
         ids = turn(line, made[-1])
-        used += len(ids) + options.tokens
-        _check_length(used, model.max_len)
+        said += len(ids)
+        _check_length(said + options.tokens, model.max_len)
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -90,6 +91,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-len", type=int, help="slots of the cache (default: prompt and tokens)")
     parser.add_argument("--interactive", action="store_true", help="ask for more text after each answer")
     parser.add_argument("--chat", action="store_true", help="prompts are turns of a conversation (ChatML models)")
+    parser.add_argument("--system", metavar="TEXT", help="first turn of a chat (default: smollm2's own, or none)")
     parser.add_argument("--stop-at-end", action="store_true", help="stop where the model ends its document")
     parser.add_argument(
         "--no-cache", dest="cache", action="store_false", help="read the whole text for every token"
@@ -102,6 +104,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')}={value} must be at least 1")
     if not 0 <= options.seed < 2**31:
         raise ValueError(f"--seed={options.seed} must be at least 0 and below {2**31}")
+    if options.system is not None and not options.chat:
+        raise ValueError("--system is the beginning of a --chat")
     if options.interactive and not options.cache:
         raise ValueError("--interactive keeps a cache; leave out --no-cache")
     if options.interactive and options.max_len is None:
@@ -125,17 +129,26 @@ def _text(tokenizer) -> Turn:
     return turn
 
 
-def _chat(tokenizer) -> Turn:
+def _system(options: argparse.Namespace) -> str:
+    from kvjax.pretrained.smollm2 import SYSTEM
+
+    return options.system if options.system is not None else SYSTEM if options.model == "smollm2" else ""
+
+
+def _chat(tokenizer, system: str) -> Turn:
     """Turns in ChatML, as models trained with `<|im_start|>` expect them; text cannot make a mark."""
-    marks = [getattr(tokenizer, "token_id", lambda token: None)(f"<|im_{side}|>") for side in ("start", "end")]
-    if None in marks:
+    mark = getattr(tokenizer, "token_id", lambda token: None)
+    start, end = mark("<|im_start|>"), mark("<|im_end|>")
+    if start is None or end is None:
         raise ValueError("--chat needs a tokenizer with <|im_start|> and <|im_end|>; leave it out")
-    start, end = marks
     ids = lambda text: tokenizer.encode(text).tolist()
+
+    opening = [start, *ids(f"system\n{system}"), end, *ids("\n")] if system else []
 
     def turn(text, last):
         # An answer that was cut short has not ended its turn.
-        before = [] if last is None else ids("\n") if last == end else [end, *ids("\n")]
+        before = [] if last == end else [end]
+        before = opening if last is None else [*before, *ids("\n")]
         return [*before, start, *ids(f"user\n{text}"), end, *ids("\n"), start, *ids("assistant\n")]
 
     return turn

@@ -45,7 +45,7 @@ def encode(tokenizer: Tokenizer, request: Request) -> Window:
 
     As EleutherAI's harness does it: white space at the context's end goes to the continuation, both are encoded
     together and cut where the context alone would end. Unlike there, `begin_id` stands before every context, as
-    it stood before every document in training; it makes an empty context possible.
+    it does before every document of an evaluation here; it makes an empty context possible.
     """
     context = request.context.rstrip()
     whole = tokenizer.encode(request.context + request.continuation)

@@ -18,6 +18,7 @@ from lm_eval.api.model import LM
 from kvjax.checks import at_least, one_of
 from kvjax.codecs.base import Codec
 from kvjax.data import Tokenizer
+from kvjax.decoder import fused
 from kvjax.downstream import LikelihoodScorer, Window
 from kvjax.evaluate import Through
 from kvjax.generate import ROUND_SLOTS, Session, padded
@@ -59,7 +60,8 @@ class KVJaxLM(LM):
         super().__init__()
         at_least("max_len", max_len, 1)
         at_least("batch_size", batch_size, 1)
-        self.graphdef, self.params, self.tokenizer, self.codec = graphdef, params, tokenizer, codec
+        self.graphdef, self.params = fused(graphdef, params, turn=False)  # once for all sessions
+        self.tokenizer, self.codec = tokenizer, codec
         self.max_len, self.stop_ids, self.batch_size, self.track = max_len, tuple(stop_ids), batch_size, track
         self.scorer = LikelihoodScorer(graphdef, params, tokenizer, through, codec, max_len)
 

@@ -35,18 +35,21 @@ class Model:
     """Damaged checkpoints that were passed over, a line each."""
 
 
-def open_model(run: Path | None, model: str | None) -> Model:
-    """The newest checkpoint of a run, or a pretrained model by name or directory; ValueError for none or both."""
+def open_model(run: Path | None, model: str | None, dtype: str | None = None) -> Model:
+    """The newest checkpoint of a run, or a pretrained model by name or directory; ValueError for none or both.
+
+    Parameters are in `dtype`; None is that of the run's configuration, or "auto".
+    """
     if (run is None) == (model is None):
         raise ValueError("give either --run DIR or --model NAME_OR_DIR")
     if run is None:
         from kvjax import pretrained
 
         assert model is not None
-        return pretrained.load(model)
+        return pretrained.load(model, dtype or "auto")
     trained = load_run(run)
     tokenizer, config = trained.tokenizer, trained.config
-    params = cast(trained.params, compute_dtype(config.train.dtype))
+    params = cast(trained.params, compute_dtype(dtype or config.train.dtype))
     graphdef, params = decodable(graphdef_of(config, tokenizer.vocab_size), params)
     return Model(
         str(run), graphdef, params, tokenizer, (tokenizer.end_id,), None, config, trained.step, trained.damaged

@@ -54,7 +54,7 @@ def read_json(path: Path) -> Any:
     """The value in `path`; ValueError naming the file if it is not JSON."""
     try:
         return json.loads(Path(path).read_bytes().decode(), parse_constant=_refuse_constant)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 

@@ -62,6 +62,8 @@ class RopeScaling:
 
 def frequencies(theta: float, features: int, scaling: RopeScaling | None = None) -> np.ndarray:
     """Radians a position of every pair, float32 `[H / 2]`: theta^(-2j / H) (Su et al. 2021), scaled."""
+    if scaling is not None and scaling.kind == "yarn" and theta <= 1.0:
+        raise ValueError(f"rope_theta={theta} must be above 1 with YaRN, whose ramp divides by its logarithm")
     pairs = np.arange(features // 2)
     plain = theta ** (-2.0 * pairs / features)
     if scaling is None:
@@ -69,15 +71,15 @@ def frequencies(theta: float, features: int, scaling: RopeScaling | None = None)
     slow = plain / scaling.factor
     if scaling.kind == "linear":
         return slow.astype(np.float32)
-    turns = scaling.original_len * plain / (2 * math.pi)
+    length = scaling.original_len
+    assert length is not None
     if scaling.kind == "llama3":
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        assert low is not None and high is not None
+        kept = np.clip((length * plain / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
     else:
         # The ramp is linear in the pair's number, not in its turns.
-        pair_of = lambda turns: (
-            features * math.log(scaling.original_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
-        )
+        pair_of = lambda turns: features * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
         first, last = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
         if scaling.truncate:
             first, last = math.floor(first), math.ceil(last)

@@ -45,6 +45,8 @@ class LowRank(AttentionConfig):
         if self.position == "rope":
             even("head_dim", self.head_dim)
         at_least("rope_theta", self.rope_theta, 1.0)
+        if self.position == "none" and self.rope_scaling is not None:
+            raise ValueError("rope_scaling must be None with position='none': nothing turns")
         split = (self.rank_k, self.rank_v)
         if (self.rank is None) != (None not in split) or (self.rank is not None and split != (None, None)):
             raise ValueError(

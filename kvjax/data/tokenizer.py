@@ -177,9 +177,10 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ValueError(f"a tokenizer with the id {highest} needs a vocab_size above {vocab_size}")
         self._size = vocab_size
         self._begin_id, self._end_id = end_id if begin_id is None else begin_id, end_id
+        special = {i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
         for name, token in (("begin_id", self._begin_id), ("end_id", end_id)):
-            if not 0 <= token < self._size:
-                raise ValueError(f"{name}={token} must be at least 0 and below vocab_size={vocab_size}")
+            if token not in special:
+                raise ValueError(f"{name}={token} must be a special token: {sorted(special)[:8]} are")
 
     @property
     def vocab_size(self) -> int:
@@ -201,7 +202,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._model.token_to_id(token)
 
     def _encode(self, text: str) -> list[int]:
-        return self._model.encode(text, add_special_tokens=False).ids
+        try:
+            return self._model.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # tokenizers raises no narrower class.
+            raise ValueError(f"the tokenizer cannot encode this text: {error}") from error
 
     def _decode(self, ids: list[int]) -> str:
         return self._model.decode(ids, skip_special_tokens=False)

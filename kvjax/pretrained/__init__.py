@@ -34,9 +34,19 @@ def load(name_or_directory: str | Path, dtype: str = "auto") -> Model:
     if not config.is_file():
         known = ", ".join(NAMES)
         raise ValueError(f"model={str(name_or_directory)!r} must be {known} or a directory with a config.json")
-    found = architecture(read_json(config), str(config))
+    values = read_json(config)
+    try:
+        found = architecture(values, str(config))
+    except ValueError as error:
+        # Rules of our own configurations know neither the file nor its names.
+        raise error if str(config) in str(error) else ValueError(f"{config}: {error}") from error
     tokenizer, stop_ids = _tokenizer(directory, found)
     files = TensorFiles.open(directory)
+    if found.decoder.depth > len(files.names):
+        raise ValueError(
+            f"{config}: num_hidden_layers={found.decoder.depth} must be at most the number of tensors, "
+            f"{len(files.names)} in {files.where}"
+        )
     decoder = nnx.eval_shape(lambda: Decoder(found.decoder, found.attention, found.vocab_size, jax.random.key(0)))
     read_weights(decoder, files, compute_dtype(dtype))
     graphdef, params = nnx.split(decoder)
@@ -47,8 +57,8 @@ def _tokenizer(directory: Path, found: Architecture) -> tuple[HuggingFaceTokeniz
     """The tokenizer, and every token that ends a text: chat models name more in generation_config.json."""
     stop_ids, more = found.stop_ids, directory / "generation_config.json"
     if more.is_file():
-        eos = Fields(read_json(more), str(more)).get("eos_token_id", int, list, None, default=None)
-        stop_ids = tuple(dict.fromkeys([*stop_ids, *(eos if isinstance(eos, list) else [eos] if eos else [])]))
+        others = Fields(read_json(more), str(more)).ids("eos_token_id", found.vocab_size)
+        stop_ids = tuple(dict.fromkeys([*stop_ids, *others]))
     if not stop_ids:
         raise ValueError(f"{directory / 'config.json'}: eos_token_id is missing")
     path = directory / "tokenizer.json"
@@ -58,9 +68,6 @@ def _tokenizer(directory: Path, found: Architecture) -> tuple[HuggingFaceTokeniz
         tokenizer = HuggingFaceTokenizer(path.read_text("utf-8"), found.begin_id, stop_ids[0], found.vocab_size)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    for token in stop_ids:
-        if not 0 <= token < found.vocab_size:
-            raise ValueError(f"eos_token_id={token} must be at least 0 and below vocab_size={found.vocab_size}")
     return tokenizer, stop_ids
 
 
@@ -76,7 +83,8 @@ def save(directory: Path, model: Model, max_len: int, facts: Mapping[str, object
     ours = Architecture(
         decoder.config, decoder.attention, decoder.vocab_size, max_len, model.tokenizer.begin_id, model.stop_ids
     )
-    config = hugging_face(ours)
+    dtype = jax.tree.leaves(model.params)[0].dtype
+    config = hugging_face(ours, dtype.name)
     cache = jax.eval_shape(lambda: decoder.init_cache(1, 64, Exact()))
     facts = {"cache bytes per token": nbytes(cache.memory) // cache.max_len} | dict(facts)
     card = "".join(f"* {name}: {value}\n" for name, value in plain(facts, "facts").items())
@@ -87,7 +95,7 @@ def save(directory: Path, model: Model, max_len: int, facts: Mapping[str, object
         write_tensors(made / "model.safetensors", named_weights(decoder), {"format": "pt"})
         write_bytes(made / "tokenizer.json", model.tokenizer.to_hugging_face().encode())
         write_json(made / "tokenizer_config.json", _tokenizer_config(model, max_len))
-        write_bytes(made / "README.md", f"# {model.name}\n\nTrained with kvjax.\n\n{card}".encode())
+        write_bytes(made / "README.md", f"# {directory.name}\n\n{card}".encode())
         made.rename(directory)
 
 
@@ -99,6 +107,7 @@ def _tokenizer_config(model: Model, max_len: int) -> dict[str, object]:
         "eos_token": text(model.tokenizer.end_id),
         "model_max_length": max_len,
         "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # text that looks like a special token stays text, as here
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from kvjax.attention.base import AttentionConfig
 from kvjax.attention.grouped import Grouped
 from kvjax.attention.latent import Latent
-from kvjax.checks import one_of
+from kvjax.checks import at_least, one_of
 from kvjax.decoder import DecoderConfig
 from kvjax.layers import RMS_EPS
 from kvjax.rope import RopeScaling
@@ -57,6 +57,21 @@ class Fields:
         shown = " or ".join("null" if kind is None else kind.__name__ for kind in kinds)
         raise ValueError(f"{self.where}: {name}={value!r} must be of type {shown}")
 
+    def positive(self, name: str, default: Any = ...) -> int:
+        """The field's value, an integer of at least 1."""
+        value = self.get(name, int, default=default)
+        at_least(f"{self.where}: {name}", value, 1)
+        return value
+
+    def ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
+        """Token ids, given as one, a list or null; none where the field is absent."""
+        value = self.get(name, int, list, None, default=None)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        for token in ids:
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise ValueError(f"{self.where}: {name}={value!r} must be ids below vocab_size={vocab_size}")
+        return tuple(ids)
+
     def require(self, name: str, only: Any, default: Any = ...) -> None:
         """ValueError unless the field has the only value that is supported."""
         value = self.values.get(name, default)
@@ -73,26 +88,26 @@ def architecture(values: Any, where: str) -> Architecture:
     one_of(f"{where}: architectures", names[0], GROUPED + LATENT)
     attention = _latent(fields, names[0]) if names[0] in LATENT else _grouped(fields, names[0])
     fields.require("hidden_act", "silu", "silu")
-    eos = fields.get("eos_token_id", int, list, None, default=None)
+    vocab_size = fields.positive("vocab_size")
     return Architecture(
         DecoderConfig(
             width=fields.get("hidden_size", int),
-            depth=fields.get("num_hidden_layers", int),
+            depth=fields.positive("num_hidden_layers"),
             mlp_width=fields.get("intermediate_size", int),
             tie_embeddings=fields.get("tie_word_embeddings", bool, default=False),
             norm_eps=fields.get("rms_norm_eps", float, default=1e-6),
         ),
         attention,
-        fields.get("vocab_size", int),
-        fields.get("max_position_embeddings", int),
-        fields.get("bos_token_id", int, None, default=None),
-        tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        vocab_size,
+        fields.positive("max_position_embeddings"),
+        next(iter(fields.ids("bos_token_id", vocab_size)), None),
+        fields.ids("eos_token_id", vocab_size),
     )
 
 
 def _grouped(fields, name):
     qwen2, qwen3, mistral = (name.startswith(family) for family in ("Qwen2", "Qwen3", "Mistral"))
-    heads = fields.get("num_attention_heads", int)
+    heads = fields.positive("num_attention_heads")
     kv_heads = fields.get("num_key_value_heads", int, None, default=None)
     head_dim = fields.get("head_dim", int, None, default=128 if qwen3 else None)
     if head_dim is None:
@@ -122,7 +137,7 @@ def _grouped(fields, name):
 def _window(fields, mistral, optional):
     """Mistral has a window where it names one, Qwen only where it says so, and then from a layer on."""
     kinds = fields.get("layer_types", list, None, default=None)
-    window = fields.get("sliding_window", int, None, default=None) if mistral or optional else None
+    window = fields.get("sliding_window", int, None, default=4096) if mistral or optional else None
     if optional and not fields.get("use_sliding_window", bool, default=False):
         window = None
     if kinds is None and optional and window is not None:
@@ -182,7 +197,7 @@ def _rope(fields):
     if kind == "linear":
         return float(theta), RopeScaling("linear", inner.get("factor", float)), 1.0
     max_len = fields.get("max_position_embeddings", int)
-    original = inner.get("original_max_position_embeddings", int, default=max_len)
+    original = inner.positive("original_max_position_embeddings", default=max_len)
     if kind == "llama3":
         low, high = (inner.get(name, float) for name in ("low_freq_factor", "high_freq_factor"))
         factor = inner.get("factor", float)
@@ -206,8 +221,11 @@ def _rope(fields):
     return float(theta), scaling, grow(all_dim) ** 2 if all_dim else 1.0
 
 
-def hugging_face(model: Architecture) -> dict[str, Any]:
-    """The `config.json` of a model, for the family that computes the same; ValueError if there is none."""
+def hugging_face(model: Architecture, dtype: str = "float32") -> dict[str, Any]:
+    """The `config.json` of a model, for the family that computes the same; ValueError if there is none.
+
+    Its `dtype` is that of the files.
+    """
     decoder, attention = model.decoder, model.attention
     if isinstance(attention, Latent):
         name, own = "DeepseekV3ForCausalLM", _write_latent(decoder, attention)
@@ -233,7 +251,7 @@ def hugging_face(model: Architecture) -> dict[str, Any]:
         "rope_parameters": _write_rope(attention),
         "bos_token_id": model.begin_id,
         "eos_token_id": list(model.stop_ids) if len(model.stop_ids) > 1 else next(iter(model.stop_ids), None),
-        "dtype": "float32",
+        "dtype": dtype,
         **own,
     }
 
@@ -253,7 +271,12 @@ def _write_grouped(decoder, attention):
         raise ValueError(f"attention.qkv_bias={bias[0]} must equal attention.output_bias={bias[1]}")
     if attention.qk_norm:
         return "Qwen3ForCausalLM", own | {"attention_bias": bias[0], "use_sliding_window": False}
-    return "LlamaForCausalLM", own | {"attention_bias": bias[0], "mlp_bias": False}
+    if decoder.width % attention.num_heads == 0:
+        return "LlamaForCausalLM", own | {"attention_bias": bias[0], "mlp_bias": False}
+    # transformers refuses such a Llama though it needs no such width; Mistral without a window is the same.
+    if bias[0]:
+        raise ValueError(f"decoder.width={decoder.width} with biases must be a multiple of {attention.num_heads}")
+    return "MistralForCausalLM", own | {"sliding_window": None}
 
 
 def _write_latent(decoder, attention):
@@ -278,7 +301,7 @@ def _write_rope(attention):
     rope, scaling = {"rope_theta": attention.rope_theta, "rope_type": "default"}, attention.rope_scaling
     if isinstance(attention, Latent) and attention.logit_scale is not None:
         plain = (attention.nope_dim + attention.rope_dim) ** -0.5
-        if scaling is None or scaling.kind != "yarn":
+        if scaling is None or scaling.kind != "yarn" or scaling.factor == 1.0:
             raise ValueError(f"attention.logit_scale={attention.logit_scale} must be {plain} without YaRN")
         growth = math.sqrt(attention.logit_scale / plain) - 1.0
         rope |= {"mscale_all_dim": growth / (0.1 * math.log(scaling.factor))}

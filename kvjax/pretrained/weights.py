@@ -46,8 +46,11 @@ def weights(decoder: Decoder) -> Iterator[Weight]:
         at = f"model.layers.{i}"
         yield _linear(block.mlp, "gate_up_DE", f"{at}.mlp.gate_proj.weight", f"{at}.mlp.up_proj.weight")
         yield _linear(block.mlp, "down_FD", f"{at}.mlp.down_proj.weight")
-        of_kind = {GroupedAttention: _grouped, LatentAttention: _latent}
-        yield from of_kind[type(block.attention)](block.attention, f"{at}.self_attn")
+        if isinstance(block.attention, GroupedAttention):
+            yield from _grouped(block.attention, f"{at}.self_attn")
+        else:
+            assert isinstance(block.attention, LatentAttention)
+            yield from _latent(block.attention, f"{at}.self_attn")
         yield _same(block.attention_norm, "gain_H", f"{at}.input_layernorm.weight")
         yield _same(block.mlp_norm, "gain_H", f"{at}.post_attention_layernorm.weight")
     yield _same(decoder.norm, "gain_H", "model.norm.weight")

@@ -44,7 +44,7 @@ def test_a_foreign_reader_puts_the_beginning_before_a_text(ours):
 
 def test_ids_of_padding_decode_to_nothing(theirs):
     assert theirs.vocab_size == 300 and theirs.decode([299, *theirs.encode("keys")]) == "keys"
-    with pytest.raises(ValueError, match="^id 300 is outside the vocabulary of 300 ids$"):
+    with pytest.raises(ValueError, match=r"^id 300 is outside the vocabulary of 300 ids$"):
         theirs.decode([300])
 
 

@@ -266,7 +266,7 @@ PUBLISHED = {
             value_dim=5,
             rope_interleaved=True,
             rope_scaling=RopeScaling("yarn", 40, 4096, beta_fast=32, beta_slow=1, magnitude=1.0),
-            logit_scale=10**-0.5 * 1.2608037774 ** 2,  # (0.1 * 0.707 * ln 40 + 1)^2
+            logit_scale=10**-0.5 * 1.2608037774**2,  # (0.1 * 0.707 * ln 40 + 1)^2
         ),
     ),
 }
