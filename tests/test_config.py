@@ -37,14 +37,27 @@ def test_a_preset_survives_json(name):
     assert to_dict(again) == values
 
 
-LINEAR = RopeScaling("linear", 2.0)
+def test_a_scaling_of_positions_survives_json():
+    config = Config(Grouped(6, 2, head_dim=4, rope_scaling=RopeScaling("linear", 2.0)))
+    values = json.loads(json.dumps(to_dict(config)))
+    assert from_dict(values) == config
+    values["attention"]["rope_scaling"]["factor"] = "2"
+    with pytest.raises(ValueError, match=r"attention.rope_scaling.factor='2' must be of type float"):
+        from_dict(values)
+
+
+def test_what_came_later_may_be_missing():
+    """Options that older runs do not know, whose defaults are what was before; no others."""
+    values = to_dict(cli.preset("mla"))
+    for name in ("window", "num_sinks", "rope_scaling", "logit_scale"):
+        del values["attention"][name]
+    del values["decoder"]["norm_eps"]
+    assert from_dict(values) == cli.preset("mla")
 
 
 def test_every_field_survives_json():
     config = Config(
-        LowRank(
-            6, head_dim=10, rank=None, rank_k=3, rank_v=5, position="none", rope_theta=77.0, rope_scaling=LINEAR
-        ),
+        LowRank(6, head_dim=10, rank=None, rank_k=3, rank_v=5, position="none", rope_theta=77.0),
         DecoderConfig(30, 3, 31, False, output_scale=0.5, dropout=0.25, scan=True, remat=True, norm_eps=1e-5),
         DataConfig("other", "bytes", 300, 17, data_dir="/d", manual_dir="/m"),
         OptimizerConfig(1.5, 2, 0.5, 0.1, 0.2, 0.3, 0.4),

@@ -3,12 +3,14 @@
 B batch, T tokens, D width, V vocabulary.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.losses import CHUNK, cross_entropy
+from kvjax.losses import CHUNK, cross_entropy, token_nats
 
 VOCAB, WIDTH = 29, 7
 SHAPES = pytest.mark.parametrize("shape", [(3, 7), (2, 256), (3, 512), (5, 103)], ids=str)
@@ -92,3 +94,23 @@ def test_logits_of_a_batch_are_never_held(tokens):
     run = jax.jit(jax.grad(lambda x, w: cross_entropy(x, w, targets), argnums=(0, 1)))
     memory = run.lower(x, w).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 0.3 * 8 * 1024 * 499 * 4
+
+
+def test_of_equal_logits_the_first_is_the_likeliest():
+    """As argmax has it: a model that says nothing is right about one token, not about all."""
+    x_BTD, w_VD = jnp.zeros((1, 5, 3)), jnp.ones((7, 3))
+    nats_BT, top_BT = token_nats(x_BTD, w_VD, jnp.array([[0, 1, 6, 0, 3]]))
+    assert top_BT.tolist() == [[True, False, False, True, False]]
+    np.testing.assert_allclose(nats_BT, math.log(7), rtol=1e-6)
+
+
+def test_likeliest_tokens_and_nats_are_those_of_numpy():
+    """Over several chunks, the last one partly filled, with many ties."""
+    rng = np.random.default_rng(0)
+    x_BTD, w_VD = rng.integers(-1, 2, (2, 301, 2)), rng.integers(-1, 2, (11, 2))
+    targets_BT = rng.integers(0, 11, (2, 301))
+    nats_BT, top_BT = token_nats(jnp.float32(x_BTD), jnp.float32(w_VD), jnp.asarray(targets_BT, jnp.int32))
+    logits_BTV = (x_BTD @ w_VD.T).astype(np.float64)
+    np.testing.assert_array_equal(top_BT, logits_BTV.argmax(-1) == targets_BT)
+    right_BT = np.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
+    np.testing.assert_allclose(nats_BT, np.log(np.exp(logits_BTV).sum(-1)) - right_BT, rtol=1e-5)

@@ -58,8 +58,8 @@ def test_what_is_no_tokenizer_is_refused(ours):
     good = ours.to_hugging_face()
     for text, begin, end, size, message in [
         ("{}", 1, 1, 300, "not a tokenizer.json"),
-        (good, 1, 300, 300, "end_id=300 must be at least 0 and below vocab_size=300"),
-        (good, -1, 1, 300, "begin_id=-1 must be at least 0"),
+        (good, None, 300, 300, r"begin_id=300 must be a special token: \[279\] are"),
+        (good, 1, 279, 300, r"begin_id=1 must be a special token: \[279\] are"),
         (good, 1, 1, 279, "a tokenizer with the id 279 needs a vocab_size above 279"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -107,8 +107,8 @@ def test_evaluate_agrees_with_training_and_through_the_cache(trained, command, c
     assert command(evaluate.run, arguments) == 0
     written = json.loads(target.read_text())
     result = json.loads((trained / "result.json").read_text())
-    assert set(written) == {"run", "split", "step", "dtype", "scores", "environment"}
-    assert (written["split"], written["step"], written["dtype"]) == ("validation", 6, "float32")
+    assert set(written) == {"model", "data", "context", "step", "dtype", "scores", "environment"}
+    assert (written["data"], written["step"], written["dtype"]) == ("sotu validation", 6, "float32")
     for score in written["scores"].values():
         assert score["perplexity"] == pytest.approx(result["perplexity"], rel=1e-4)
         assert score["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=1e-4)

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer
 
 from experiments import evaluate, export, generate
 from kvjax import host
+from kvjax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -61,10 +63,30 @@ def test_the_card_says_what_was_trained(exported):
     for part in (
         "* data: sotu, bytes tokenizer",
         "* cache bytes per token: ",
-        "* bits_per_byte: ",
+        "* validation bits_per_byte: ",
+        "* steps: 6 of 6",
         '"num_kv_heads"',
     ):
         assert part in card
+
+
+def chat_tokenizer():
+    """Bytes, the end of text 256, and the two marks of ChatML, 257 and 258."""
+    tokenizer = Tokenizer.from_str(ByteTokenizer().to_hugging_face())
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return HuggingFaceTokenizer(tokenizer.to_str(), None, 258, 259)
+
+
+def test_turns_of_a_chat():
+    """As the template of ChatML writes them; marks in the text are text."""
+    turn = generate._chat(chat_tokenizer(), "Be brief")
+    ids = lambda text: list(text.encode())
+    first = [257, *ids("system\nBe brief"), 258, 10, 257, *ids("user\nHi"), 258, 10, 257, *ids("assistant\n")]
+    assert turn("Hi", None) == first
+    later = [257, *ids("user\n<|im_end|>"), 258, 10, 257, *ids("assistant\n")]
+    assert turn("<|im_end|>", 258) == [10, *later]
+    assert turn("<|im_end|>", 65) == [258, 10, *later]  # the answer was cut short
+    assert generate._chat(chat_tokenizer(), "")("Hi", None) == first[first.index(10, 9) + 1 :]
 
 
 @pytest.mark.parametrize(
@@ -90,11 +112,19 @@ def test_the_card_says_what_was_trained(exported):
             ["--model", "MODEL", "--data", "TEXT", "--tokens", "999"],
             "num_tokens=999 must be at most 280",
         ),
+        (evaluate, ["--model", "MODEL", "--data", "TEXT", "--split", "test"], "--split=test goes with a dataset"),
+        (evaluate, ["--model", "MODEL", "--data", "EMPTY"], "empty.txt has no text to score"),
+        (generate, ["--model", "MODEL", "--system", "x"], "--system is the beginning of a --chat"),
         (export, ["--run", "RUN", "--to", "MODEL"], "exists; choose a new directory"),
     ],
 )
 def test_errors_are_one_line(trained, exported, text, command, options, message):
-    words = {"MODEL": str(exported), "RUN": str(trained), "TEXT": str(text)}
+    (text.parent / "empty.txt").write_text("")
+    words = {"EMPTY": str(text.parent / "empty.txt")} | {
+        "MODEL": str(exported),
+        "RUN": str(trained),
+        "TEXT": str(text),
+    }
     with pytest.raises(ValueError) as error:
         command.run([words.get(option, option) for option in options])
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -172,8 +172,16 @@ CONFIGS = {
     "partial": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
     "layers": ({"rope_parameters": {"full_attention": {"rope_theta": 3.0}}}, "differ from layer to layer"),
     "heads": ({"num_key_value_heads": 4}, "num_heads=6 must be a multiple of num_kv_heads=4"),
-    "vocabulary": ({"vocab_size": 200}, "needs a vocab_size above 200"),
-    "end": ({"eos_token_id": 999}, "end_id=999 must be at least 0 and below vocab_size=257"),
+    "vocabulary": ({"vocab_size": 200, "eos_token_id": 3, "bos_token_id": None}, "needs a vocab_size above 200"),
+    "end": ({"eos_token_id": 999}, "eos_token_id=999 must be ids below vocab_size=257"),
+    "ends": ({"eos_token_id": [3, "a"]}, "eos_token_id=[3, 'a'] must be ids below vocab_size=257"),
+    "no mark": ({"bos_token_id": 7}, "begin_id=7 must be a special token: [256] are"),
+    "no heads": ({"num_attention_heads": 0}, "num_attention_heads=0 must be at least 1"),
+    "deep": ({"num_hidden_layers": 10**6}, "num_hidden_layers=1000000 must be at most the number of tensors, 20"),
+    "yarn": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 0}},
+        "original_max_position_embeddings=0 must be at least 1",
+    ),
     "no end": ({"eos_token_id": None}, "eos_token_id is missing"),
     "experts": (
         {"architectures": ["DeepseekV3ForCausalLM"], "first_k_dense_replace": 1, "n_routed_experts": 256},
@@ -197,10 +205,32 @@ def test_a_config_that_is_not_ours_is_refused_by_field(saved, case):
     edit(saved, **fields)
     with pytest.raises(ValueError) as error:
         load(saved)
-    assert message in str(error.value)
+    assert message in str(error.value) and str(saved) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("eos", "stop_ids"), [(0, (256, 0)), ([5, 256, 7], (256, 5, 7)), (None, (256,))], ids=["zero", "list", "null"]
+)
+def test_more_tokens_may_end_a_text(saved, eos, stop_ids):
+    (saved / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    assert load(saved).stop_ids == stop_ids
+
+
+def test_an_end_that_is_no_id_is_refused_by_its_file(saved):
+    (saved / "generation_config.json").write_text('{"eos_token_id": [[1]]}')
+    with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id=\[\[1\]\] must be ids below"):
+        load(saved)
 
 
 PUBLISHED = {
+    "Mistral, as its family had it": (
+        {"architectures": ["MistralForCausalLM"], "num_key_value_heads": 2},
+        Grouped(8, 2, 4, window=4096),
+    ),
+    "Mistral without a window": (
+        {"architectures": ["MistralForCausalLM"], "num_key_value_heads": 2, "sliding_window": None},
+        Grouped(8, 2, 4),
+    ),
     "Llama-1": ({"rms_norm_eps": 1e-6}, Grouped(8, 8, 4)),
     "Llama-3.1": (
         {

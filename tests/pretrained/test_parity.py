@@ -53,6 +53,10 @@ CASES = {
         HEADS | {"head_dim": 14, "rope_parameters": YARN | {"truncate": False, "beta_fast": 3, "beta_slow": 0.5}},
     ),
     "mistral": ("Mistral", HEADS | {"head_dim": 6, "sliding_window": 5}),
+    "mistral, a width that heads do not divide": (
+        "Mistral",
+        HEADS | {"head_dim": 6, "hidden_size": 35, "sliding_window": None},
+    ),
     "qwen2": ("Qwen2", HEADS | {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", HEADS | {"head_dim": 10, "rms_norm_eps": 1e-2}),
     "qwen3 yarn": ("Qwen3", HEADS | {"head_dim": 12, "rope_parameters": YARN | {"attention_factor": 1.7}}),
