@@ -51,9 +51,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=int, default=32, help="tokens a row and round (default: 32)")
     parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="also write the results here")
     options = parser.parse_args(argv)
-    for name in ("rounds", "tokens"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name}={getattr(options, name)} must be at least 1")
+    cli.require_positive(options, "rounds", "tokens")
     if options.growth and options.against:
         raise ValueError("--against goes with the cases; leave out --growth")
     host.prepare()

@@ -29,9 +29,7 @@ def arguments(argv: Sequence[str]) -> tuple[Any, Config]:
     parser.add_argument("--context-sweep", metavar="T,T,...", help="cost per token at these contexts instead")
     parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="also write the results here")
     options, rest = cli.part(parser, argv)
-    for name in ("rounds", "round_steps"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}={getattr(options, name)} must be at least 1")
+    cli.require_positive(options, "rounds", "round_steps")
     if options.against and options.context_sweep:
         raise ValueError("--against compares one context; leave out --context-sweep")
     default = cli.preset(options.config)

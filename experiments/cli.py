@@ -9,6 +9,7 @@ import io
 import pkgutil
 import re
 import sys
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ import tyro
 
 import configs
 from kvjax.checks import one_of
-from kvjax.config import Config
+from kvjax.config import Config, section
 
 T = TypeVar("T")
 PLAIN = (tyro.conf.AvoidSubcommands,)
@@ -60,10 +61,11 @@ def _refuse_unknown(default: Any, arguments: Sequence[str]) -> None:
 
 def _options(value: Any, prefix: str) -> Iterator[str]:
     """Options of a dataclass, dotted, as tyro spells them."""
+    hints = typing.get_type_hints(type(value))
     for field in dataclasses.fields(value):
         name, part = field.name.replace("_", "-"), getattr(value, field.name)
-        if field.name == "rope_scaling":
-            continue  # a rule with fields of its own, which comes with a preset or a pretrained model
+        if part is None and section(hints[field.name]):
+            continue  # a section that the preset does not have
         if dataclasses.is_dataclass(part):
             yield from _options(part, f"{prefix}{name}.")
         else:
@@ -98,14 +100,22 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--model", metavar="NAME_OR_DIR", help="a pretrained model: smollm2, or its directory")
 
 
-def open_model(options: argparse.Namespace) -> Any:
+def open_model(options: argparse.Namespace, dtype: str | None = None) -> Any:
     """The model that `--run` or `--model` names; damaged checkpoints that were passed over are told."""
     from kvjax.model import open_model
 
-    model = open_model(options.run, options.model)
+    model = open_model(options.run, options.model, dtype)
     for line in model.damaged:
         print(f"damaged checkpoint passed over: {line}")
     return model
+
+
+def require_positive(options: argparse.Namespace, *names: str) -> None:
+    """ValueError unless these options are at least 1, or not given."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}={value} must be at least 1")
 
 
 def integers(option: str, text: str) -> list[int]:

@@ -74,10 +74,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.batch_size is None:
         options.batch_size = 32 if options.run else 4
-    for name in ("batch_size", "context", "tokens"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}={value} must be at least 1")
+    cli.require_positive(options, "batch_size", "context", "tokens")
     return options
 
 

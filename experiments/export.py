@@ -18,14 +18,11 @@ def run(argv: Sequence[str]) -> int:
     options = arguments(argv)
     host.prepare()
     from kvjax.config import to_dict
-    from kvjax.model import open_model
     from kvjax.pretrained import save
     from kvjax.runs import RESULT
 
-    model = open_model(options.run, None, "float32")
+    model = cli.open_model(options, "float32")
     assert model.config is not None
-    for line in model.damaged:
-        print(f"damaged checkpoint passed over: {line}")
     result, steps = options.run / RESULT, model.config.train.steps
     facts = {
         "trained with": "kvjax",
@@ -35,9 +32,7 @@ def run(argv: Sequence[str]) -> int:
     if result.is_file() and model.step == steps:  # the score is of the last step
         score, names = results.read_json(result), ("perplexity", "bits_per_byte", "bits_per_byte_se")
         facts |= {f"validation {name}": score[name] for name in names}
-    facts |= {
-        "config": "`" + json.dumps(to_dict(model.config)) + "`",
-    }
+    facts["config"] = "`" + json.dumps(to_dict(model.config)) + "`"
     save(options.to, model, options.max_len or model.config.data.context, facts)
     print(options.to)
     return 0
@@ -49,9 +44,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--run", type=Path, metavar="DIR", required=True, help="directory of a run")
     parser.add_argument("--to", type=Path, metavar="DIR", required=True, help="new directory to write")
     parser.add_argument("--max-len", type=int, help="positions it is made for (default: the run's context)")
+    parser.set_defaults(model=None)
     options = parser.parse_args(argv)
-    if options.max_len is not None and options.max_len < 1:
-        raise ValueError(f"--max-len={options.max_len} must be at least 1")
+    cli.require_positive(options, "max_len")
     return options
 
 

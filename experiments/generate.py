@@ -39,25 +39,23 @@ def run(argv: Sequence[str]) -> int:
     if line is None:
         return 0
     ids = turn(line, None)
-    row: dict[str, Any] = {"model": model.name, "cached": options.cache, "seed": options.seed}
-    if not options.cache:
-        _check_length(len(ids) + options.tokens, model.max_len)
-        tokens = without_cache(model.graphdef, model.params, ids, options.tokens, sampling, options.seed, stop)
-        made, figures = _watch(tokenizer, ([token] for token in tokens), stop)
-        row |= {"prompt_tokens": len(ids)} | figures
-        _close(row, tokenizer.decode([token for token in made if token not in stop]), options.json)
-        return 0
-    max_len = options.max_len or padded(len(ids)) + options.tokens
     said = len(ids)
     _check_length(said + options.tokens, model.max_len)
+    row: dict[str, Any] = {"model": model.name, "cached": options.cache, "seed": options.seed}
+    if not options.cache:
+        tokens = without_cache(model.graphdef, model.params, ids, options.tokens, sampling, options.seed, stop)
+        _, text, figures = _watch(tokenizer, ([token] for token in tokens), stop)
+        row |= {"prompt_tokens": len(ids)} | figures
+        _close(row, text, options.json)
+        return 0
+    max_len = options.max_len or padded(len(ids)) + options.tokens
     session = Session(model.graphdef, model.params, 1, max_len)
     while True:
         started = time.perf_counter()
         session.feed([ids], then=options.tokens)
         row |= {"prompt_tokens": len(ids), "prompt_seconds": time.perf_counter() - started}
         parts = session.stream(options.tokens, sampling, options.seed, stop, every=EVERY)
-        made, figures = _watch(tokenizer, (part.tokens[0].tolist() for part in parts), stop)
-        said += len(made)
+        made, text, figures = _watch(tokenizer, (part.tokens[0].tolist() for part in parts), stop)
         row |= figures
         used = int(session.cache.length)
         row |= {
@@ -66,14 +64,14 @@ def run(argv: Sequence[str]) -> int:
             "cache_bytes": nbytes(session.cache.memory),
             "cache_bytes_per_token": session.cache.bytes_per_token(),
         }
-        _close(row, tokenizer.decode([token for token in made if token not in stop]), options.json)
+        _close(row, text, options.json)
         if not options.interactive:
             return 0
         line = _ask()
         if line is None:
             return 0
         ids = turn(line, made[-1])
-        said += len(ids)
+        said += len(made) + len(ids)
         _check_length(said + options.tokens, model.max_len)
 
 
@@ -98,10 +96,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="also write the result here")
     options = parser.parse_args(argv)
-    for name in ("tokens", "max_len"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}={value} must be at least 1")
+    cli.require_positive(options, "tokens", "max_len")
     if not 0 <= options.seed < 2**31:
         raise ValueError(f"--seed={options.seed} must be at least 0 and below {2**31}")
     if options.system is not None and not options.chat:
@@ -163,21 +158,21 @@ def _prompt(text: str) -> str:
         raise ValueError(f"standard input must be UTF-8: byte {error.start} is not") from None
 
 
-def _watch(tokenizer, parts: Iterable[list[int]], hidden: Sequence[int] = ()) -> tuple[list[int], dict[str, Any]]:
-    """Print tokens as they come, but for hidden ones; all of them, and their speed."""
-    made, shown, rates = [], "", []
+def _watch(tokenizer, parts: Iterable[list[int]], hidden: Sequence[int]) -> tuple[list[int], str, dict[str, Any]]:
+    """Print tokens as they come, but for hidden ones; all of them, the text shown, and their speed."""
+    made, text, shown, rates = [], "", "", []
     started = before = time.perf_counter()
     for part in parts:
         made += part
-        shown_ids = [token for token in made if token not in hidden]
-        text = tokenizer.decode(shown_ids).rstrip("\ufffd")  # a character whose bytes are not all there waits
-        print(text[len(shown) :], end="", flush=True)
-        now, shown = time.perf_counter(), text
+        text = tokenizer.decode([token for token in made if token not in hidden])
+        whole = text.rstrip("\ufffd")  # a character whose bytes are not all there waits
+        print(whole[len(shown) :], end="", flush=True)
+        now, shown = time.perf_counter(), whole
         rates.append(len(part) / (now - before))
         before = now
     # The first part compiles; the median does not see it.
     figures = {"tokens": len(made), "seconds": before - started, "tokens_per_second": statistics.median(rates)}
-    return made, figures
+    return made, text, figures
 
 
 def _close(row: dict[str, Any], text: str, file: Path | None) -> None:

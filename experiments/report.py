@@ -126,12 +126,13 @@ def downstream(rows: Rows) -> str:
     for file in rows.values():
         for task, row in file["tasks"].items():
             chance = "" if row["chance"] is None else f"{row['chance']:.1%}"
-            share = lambda name, row=row: "" if row[name] is None else f"{row[name]:.1%} ± {row[f'{name}_se']:.1%}"
-            perplexity = "" if row["perplexity"] is None else f"{row['perplexity']:.1f}"
-            perplexity += "" if row["perplexity"] is None else f" ± {row['perplexity_se']:.1f}"
+            figure = lambda name, form, row=row: (
+                "" if row[name] is None else f"{row[name]:{form}} ± {row[f'{name}_se']:{form}}"
+            )
             lines.append(
                 f"| `{file['model']}` | {task} | {row['items']:,} of {row['items_in_all']:,} | {chance} "
-                f"| {share('accuracy')} | {share('accuracy_norm')} | {perplexity} |"
+                f"| {figure('accuracy', '.1%')} | {figure('accuracy_norm', '.1%')} "
+                f"| {figure('perplexity', '.1f')} |"
             )
     return "\n".join(lines)
 

@@ -145,13 +145,18 @@ def _make(kind, values, path):
         if name not in values:
             raise ValueError(f"{at}{name} is missing")
         fields[name] = values[name]
-        nested = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
+        nested = section(hint)
         if nested is hint or (nested and values[name] is not None):
             fields[name] = _make(nested, values[name], at + name)
         if not _fits(fields[name], hint):
             shown = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
             raise ValueError(f"{at}{name}={fields[name]!r} must be of type {shown}")
     return kind(**fields)
+
+
+def section(hint: Any) -> Any:
+    """The dataclass of a field's type, which may also be None; None where it has no fields of its own."""
+    return next((kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)), None)
 
 
 def _fits(value, hint):

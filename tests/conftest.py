@@ -24,7 +24,7 @@ from kvjax.attention.grouped import Grouped
 from kvjax.attention.latent import Latent
 from kvjax.attention.low_rank import LowRank
 from kvjax.cache import Cache
-from kvjax.codecs import Exact
+from kvjax.codecs import Codec, Exact
 from kvjax.decoder import Decoder, DecoderConfig
 
 jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))  # of subprocesses, too
@@ -148,6 +148,24 @@ def model_of() -> Callable[[str], Model]:
 def draw_params() -> Callable[[Callable[[], nnx.Module]], tuple[nnx.GraphDef, Any]]:
     """Function to get a new module's graph definition, and random parameters for it."""
     return drawn
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Zeros(Codec):
+    """Forgets what it is given."""
+
+    def encode(self, entry):
+        return entry
+
+    def decode(self, stored):
+        return jax.tree.map(jnp.zeros_like, stored)
+
+
+@pytest.fixture(scope="session")
+def zeros() -> Codec:
+    """A codec that forgets what it is given."""
+    return Zeros()
 
 
 @pytest.fixture(scope="session")

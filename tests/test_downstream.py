@@ -1,7 +1,6 @@
 """V vocabulary, D width."""
 
 import copy
-import dataclasses
 import functools
 import json
 import math
@@ -13,7 +12,7 @@ import pytest
 from flax import nnx
 
 from kvjax.attention.grouped import Grouped
-from kvjax.codecs import Codec, Exact
+from kvjax.codecs import Exact
 from kvjax.data.tokenizer import BPETokenizer, ByteTokenizer
 from kvjax.decoder import Decoder, DecoderConfig
 from kvjax.downstream import Likelihoods, LikelihoodScorer, encode, evaluate_task, grade
@@ -28,18 +27,6 @@ REQUESTS = [
     Request("It is longer than 32 tokens", ", as its answer is so long."),
     Request("a", "b"),
 ]
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Zeros(Codec):
-    """Forgets what it is given."""
-
-    def encode(self, entry):
-        return entry
-
-    def decode(self, stored):
-        return jax.tree.map(jnp.zeros_like, stored)
 
 
 @pytest.fixture(scope="module")
@@ -204,15 +191,15 @@ def copying(copier):
 
 @pytest.mark.parametrize(("task", "chance"), [("hellaswag", 0.25), ("winogrande", 0.5), ("lambada", None)])
 @pytest.mark.parametrize("through", ["prefill", "decode"])
-def test_a_zeroed_cache_leaves_chance(copying, task, chance, through):
+def test_a_zeroed_cache_leaves_chance(copying, zeros, task, chance, through):
     exact = evaluate_task(copying(through), task, COPY[task])
-    zeroed = evaluate_task(copying(through, Zeros()), task, COPY[task])
+    zeroed = evaluate_task(copying(through, zeros), task, COPY[task])
     assert exact.accuracy == 1.0 and exact.chance == chance
     assert zeroed.accuracy == (chance or 0.0)
 
 
-def test_without_a_cache_there_is_nothing_to_zero(copying):
-    assert evaluate_task(copying("none", Zeros()), "hellaswag", COPY["hellaswag"]).accuracy == 1.0
+def test_without_a_cache_there_is_nothing_to_zero(copying, zeros):
+    assert evaluate_task(copying("none", zeros), "hellaswag", COPY["hellaswag"]).accuracy == 1.0
 
 
 def test_an_answer_is_greedy_if_every_token_is(copying):

@@ -1,7 +1,5 @@
 """B batch, T tokens, V vocabulary."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,7 @@ from kvjax.attention.grouped import Grouped
 from kvjax.attention.latent import Latent
 from kvjax.attention.low_rank import LowRank
 from kvjax.cache import nbytes
-from kvjax.codecs import Codec, Exact
+from kvjax.codecs import Exact
 from kvjax.decoder import Decoder, DecoderConfig, decodable
 from kvjax.generate import Session, generate, padded, pieces, without_cache
 from kvjax.sampling import Sampling
@@ -158,21 +156,11 @@ def test_every_token_is_drawn_anew(gqa):
     assert len({tuple(row) for row in made}) == len(made)
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Zero(Codec):
-    def encode(self, entry):
-        return entry
-
-    def decode(self, stored):
-        return jax.tree.map(jnp.zeros_like, stored)
-
-
 @pytest.mark.parametrize("name", ["grouped", "windowed"])
-def test_generation_reads_the_cache_through_its_codec(name):
+def test_generation_reads_the_cache_through_its_codec(name, zeros):
     model = model_of(VARIANTS[name])
     made = np.stack(generate(*model, PROMPTS, 8).tokens)
-    assert (np.stack(generate(*model, PROMPTS, 8, codec=Zero()).tokens) != made).any()
+    assert (np.stack(generate(*model, PROMPTS, 8, codec=zeros).tokens) != made).any()
     codec = Exact(chunk=5)  # divides the window and its sinks
     np.testing.assert_array_equal(np.stack(generate(*model, PROMPTS, 8, codec=codec).tokens), made)
 

@@ -1,6 +1,5 @@
 """lm_eval's own code paths over a small model."""
 
-import dataclasses
 import warnings
 
 import jax
@@ -17,7 +16,7 @@ with warnings.catch_warnings():
     from lm_eval.api.task import ConfigurableTask
 
 from kvjax.attention.grouped import Grouped
-from kvjax.codecs import Codec, Exact
+from kvjax.codecs import Exact
 from kvjax.data.tokenizer import BPETokenizer, ByteTokenizer
 from kvjax.decoder import Decoder, DecoderConfig
 from kvjax.downstream import LikelihoodScorer, encode, evaluate_task
@@ -116,20 +115,8 @@ def test_text_ends_with_its_stop_token(drawn, greedy):
     assert text == TOKENIZER.decode(ids[: ids.index(ids[4])])
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Zeros(Codec):
-    """Forgets what it is given."""
-
-    def encode(self, entry):
-        return entry
-
-    def decode(self, stored):
-        return jax.tree.map(jnp.zeros_like, stored)
-
-
-def test_every_kind_of_request_goes_through_the_codec(drawn, lm):
-    zeroed = KVJaxLM(*drawn, TOKENIZER, MAX_LEN, codec=Zeros(), batch_size=2)
+def test_every_kind_of_request_goes_through_the_codec(drawn, lm, zeros):
+    zeroed = KVJaxLM(*drawn, TOKENIZER, MAX_LEN, codec=zeros, batch_size=2)
     options = {"until": [], "max_gen_toks": 9}
     for kind, arguments in (
         ("loglikelihood", ("Two men", " fight")),

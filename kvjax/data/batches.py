@@ -42,9 +42,10 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, split: str) -> Corpus:
     key = digest([tokenizer.digest.encode(), *texts])[:16]
     path = config.folder() / "tokens" / f"{file_name(config.name)}-{split}-{key}.npy"
     if not path.exists():
-        encoded = tokenize(tokenizer, texts)
+        corpus = tokenize(tokenizer, texts)
         with atomic_file(path) as file:
-            np.save(file, encoded.ids, allow_pickle=False)
+            np.save(file, corpus.ids, allow_pickle=False)
+        return corpus
     try:
         ids = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:

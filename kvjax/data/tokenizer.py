@@ -98,8 +98,7 @@ class ByteTokenizer(Tokenizer):
         """Byte-level pair encoding without merges."""
         from tokenizers import models
 
-        vocab = {letter: byte for letter, byte in _byte_alphabet().items()}
-        return _with_end_of_text(_hugging_face(models.BPE(vocab=vocab, merges=[]), PATTERN))
+        return _with_end_of_text(_hugging_face(models.BPE(vocab=_byte_alphabet(), merges=[]), PATTERN))
 
 
 class BPETokenizer(Tokenizer):

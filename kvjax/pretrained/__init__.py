@@ -12,7 +12,8 @@ from kvjax.codecs import Exact
 from kvjax.data.tokenizer import HuggingFaceTokenizer
 from kvjax.decoder import Decoder
 from kvjax.model import Model
-from kvjax.pretrained.families import Architecture, Fields, architecture, hugging_face
+from kvjax.pretrained.families import Architecture, architecture, hugging_face
+from kvjax.pretrained.fields import Fields
 from kvjax.pretrained.smollm2 import smollm2 as fetch_smollm2
 from kvjax.pretrained.tensors import TensorFiles, write_tensors
 from kvjax.pretrained.weights import named_weights, read_weights

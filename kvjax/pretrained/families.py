@@ -11,9 +11,10 @@ from typing import Any
 from kvjax.attention.base import AttentionConfig
 from kvjax.attention.grouped import Grouped
 from kvjax.attention.latent import Latent
-from kvjax.checks import at_least, one_of
+from kvjax.checks import one_of
 from kvjax.decoder import DecoderConfig
 from kvjax.layers import RMS_EPS
+from kvjax.pretrained.fields import Fields
 from kvjax.rope import RopeScaling
 
 GROUPED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -34,49 +35,6 @@ class Architecture:
     """Token before every text (`bos_token_id`), if there is one."""
     stop_ids: tuple[int, ...]
     """Tokens that end a text (`eos_token_id`)."""
-
-
-class Fields:
-    """Typed fields of a JSON object; ValueErrors name the file and the field."""
-
-    def __init__(self, values: Any, where: str):
-        if not isinstance(values, Mapping):
-            raise ValueError(f"{where} must be a JSON object with fields")
-        self.values, self.where = values, where
-
-    def get(self, name: str, *kinds: type | None, default: Any = ...) -> Any:
-        """The field's value; where it is absent, Hugging Face's default for the family, if it has one."""
-        if name not in self.values:
-            if default is ...:
-                raise ValueError(f"{self.where}: {name} is missing")
-            return default
-        value = self.values[name]
-        for kind in kinds:
-            if (value is None if kind is None else type(value) is kind) or (kind is float and type(value) is int):
-                return value
-        shown = " or ".join("null" if kind is None else kind.__name__ for kind in kinds)
-        raise ValueError(f"{self.where}: {name}={value!r} must be of type {shown}")
-
-    def positive(self, name: str, default: Any = ...) -> int:
-        """The field's value, an integer of at least 1."""
-        value = self.get(name, int, default=default)
-        at_least(f"{self.where}: {name}", value, 1)
-        return value
-
-    def ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
-        """Token ids, given as one, a list or null; none where the field is absent."""
-        value = self.get(name, int, list, None, default=None)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        for token in ids:
-            if type(token) is not int or not 0 <= token < vocab_size:
-                raise ValueError(f"{self.where}: {name}={value!r} must be ids below vocab_size={vocab_size}")
-        return tuple(ids)
-
-    def require(self, name: str, only: Any, default: Any = ...) -> None:
-        """ValueError unless the field has the only value that is supported."""
-        value = self.values.get(name, default)
-        if value != only:
-            raise ValueError(f"{self.where}: {name}={value!r} is not supported; only {only!r} is")
 
 
 def architecture(values: Any, where: str) -> Architecture:
@@ -282,7 +240,7 @@ def _write_grouped(decoder, attention):
 def _write_latent(decoder, attention):
     if attention.window is not None:
         raise ValueError(f"attention.window={attention.window} of Latent has no counterpart in transformers")
-    own = {
+    return {
         "num_key_value_heads": attention.num_heads,
         "kv_lora_rank": attention.rank,
         "q_lora_rank": attention.query_rank,
@@ -294,7 +252,6 @@ def _write_latent(decoder, attention):
         "first_k_dense_replace": decoder.depth,
         "num_nextn_predict_layers": 0,
     }
-    return own
 
 
 def _write_rope(attention):
