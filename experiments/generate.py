@@ -25,9 +25,9 @@ def run(argv: Sequence[str]) -> int:
     """Generate, and print what it cost."""
     options = arguments(argv)
     host.prepare()
-    from kvjax.cache import nbytes
     from kvjax.generate import Session, padded, without_cache
     from kvjax.sampling import Sampling
+    from kvjax.slots import nbytes
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
     model = cli.open_model(options)

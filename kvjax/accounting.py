@@ -12,7 +12,7 @@ from flax import nnx
 
 from kvjax import sharding
 from kvjax.cache import Cache
-from kvjax.codecs.base import Codec, Exact
+from kvjax.codecs.base import Codecs, Exact
 from kvjax.config import Config
 
 
@@ -47,7 +47,7 @@ def declared_bytes_per_token(config: Config, itemsize: int) -> int:
 
 
 def abstract_cache(
-    config: Config, vocab_size: int, batch: int, max_len: int, dtype: jnp.dtype, codec: Codec | None = None
+    config: Config, vocab_size: int, batch: int, max_len: int, dtype: jnp.dtype, codec: Codecs | None = None
 ) -> Cache:
     """The cache that decoding would use, as shapes; `nbytes` of it is its size."""
     # A scanned model is unrolled before it decodes.

@@ -1,95 +1,20 @@
 """The cache: what tokens left behind, encoded, in slots that carry positions.
 
-B batch, T tokens written, S slots. A codec sees [B, ..., S, features]: time before the last axis, the
-layout that decodes without transposing or copying. Stored arrays lack leading axes of size 1, which
-make XLA:CPU copy what a loop carries.
+B batch, T tokens written, S slots.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kvjax.codecs.base import Codec, Entry
-
-
-def nbytes(tree: Any) -> int:
-    """Bytes of a pytree's arrays (or shapes): the only definition of a cache's size."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class Ring:
-    """Slots by position: the first `num_sinks` positions keep theirs, later ones share `window` in turn."""
-
-    window: int
-    num_sinks: int
-
-    @property
-    def num_slots(self) -> int:
-        """Slots that are ever used."""
-        return self.window + self.num_sinks
-
-    def slots(self, positions_BT: jax.Array) -> jax.Array:
-        """Slots `BT` of these positions; out of range (nothing is written) for empty and overtaken ones."""
-        turn_BT = self.num_sinks + (positions_BT - self.num_sinks) % self.window
-        slots_BT = jnp.where(positions_BT < self.num_sinks, positions_BT, turn_BT)
-        last_B1 = positions_BT.max(-1, keepdims=True)
-        overtaken_BT = (positions_BT >= self.num_sinks) & (positions_BT + self.window <= last_B1)
-        return jnp.where((positions_BT < 0) | overtaken_BT, self.num_slots, slots_BT)
-
-
-@dataclass(frozen=True)
-class LayerCache:
-    """One layer's view while a forward pass writes and reads it."""
-
-    memory: Entry
-    codec: Codec
-    positions_BS: jax.Array
-    """Position of the token in each slot that `read` gives."""
-    leads: tuple[tuple[int, ...], ...]
-    """Axes before time of every array that `codec` sees; `memory` has them as one, or none."""
-    place: jax.Array
-    """First slot to write, or every token's slot in a ring `BT`."""
-    length: jax.Array
-    """Slots in use, from the first, of those that `read` gives."""
-    view: Entry | None = None
-    """What `read` gives, if that is not what is stored."""
-
-    @property
-    def chunk(self) -> int | None:
-        """Slots that are decoded at a time, None for all of them."""
-        return self.codec.chunk
-
-    def write(self, entry: Entry) -> Self:
-        """Encode an entry and store it."""
-        new = self.codec.encode(entry)
-        if self.place.ndim == 0:
-            put = lambda slots, new: lax.dynamic_update_slice_in_dim(slots, new, self.place, slots.ndim - 2)
-            return dataclasses.replace(self, memory=jax.tree.map(put, self.memory, fold(new)))
-        put = jax.vmap(lambda slots, new, place_T: slots.at[..., place_T, :].set(new, mode="drop"))
-        old = unfold(self.memory, self.leads)
-        memory = fold(jax.tree.map(lambda slots, new: put(slots, new, self.place), old, new))
-        view = None
-        if self.place.shape[1] > 1:
-            # Several tokens overtake slots that the first of them still see: read what was, and the new.
-            join = lambda old, new: jnp.concatenate([old, new], axis=-2)
-            view = jax.tree.map(join, self.codec.decode(old), self.codec.decode(new))
-        return dataclasses.replace(self, memory=memory, view=view)
-
-    def read(self, start: jax.Array | int = 0, size: int | None = None) -> Entry:
-        """Decode `size` slots from `start`, or all of them."""
-        if size is None:
-            return self.codec.decode(unfold(self.memory, self.leads)) if self.view is None else self.view
-        take = lambda slots: lax.dynamic_slice_in_dim(slots, start, size, slots.ndim - 2)
-        if self.view is not None:
-            return jax.tree.map(take, self.view)
-        return self.codec.decode(unfold(jax.tree.map(take, self.memory), self.leads))
+from kvjax.codecs.base import Codecs, Entry, Storage, per_layer
+from kvjax.layer_cache import RECENT, SINKS, LayerCache
+from kvjax.slots import Field, Ring, layout, nbytes
 
 
 @jax.tree_util.register_dataclass
@@ -102,13 +27,17 @@ class Cache:
     its row's position.
     """
 
-    memory: tuple[Entry, ...]
+    memory: tuple[dict[str, Any], ...]
+    """Of every layer, stored arrays by name; exact tokens in `recent` and `sinks`."""
     positions_BS: jax.Array
     length: jax.Array
     """Tokens written, padding among them; slots in use, from the first, if there is no ring."""
-    codec: Codec
-    leads: tuple[tuple[tuple[int, ...], ...], ...] = field(metadata={"static": True})
-    """Of every layer's arrays, the axes before time that `codec` sees."""
+    storages: tuple[Storage, ...]
+    """How every layer is stored. Calibrated arrays are here: they count once a model, not a token."""
+    layouts: tuple[tuple[Field, ...], ...] = field(metadata={"static": True})
+    """Of every layer, the fields of its stored arrays."""
+    dtypes: tuple[tuple[tuple[str, Any], ...], ...] = field(metadata={"static": True})
+    """Of every layer, names and dtypes of what `read` gives."""
     ring: Ring | None = field(default=None, metadata={"static": True})
 
     @property
@@ -135,7 +64,7 @@ class Cache:
         if self.ring is None:
             positions_BS = lax.dynamic_update_slice_in_dim(self.positions_BS, positions_BT, self.length, 1)
             cache = dataclasses.replace(self, positions_BS=positions_BS, length=after)
-            return Claim(cache, self.length, positions_BS, after)
+            return Claim(cache, self.length, positions_BS, after, positions_BT)
         slots_BT = self.ring.slots(positions_BT)
         put = jax.vmap(lambda slots_S, new_T, place_T: slots_S.at[place_T].set(new_T, mode="drop"))
         positions_BS = put(self.positions_BS, positions_BT, slots_BT)
@@ -143,10 +72,13 @@ class Cache:
         seen_BS = positions_BS
         if positions_BT.shape[1] > 1:
             seen_BS = jnp.concatenate([self.positions_BS, positions_BT], axis=1)
-        return Claim(cache, slots_BT, seen_BS, jnp.int32(seen_BS.shape[1]))
+        return Claim(cache, slots_BT, seen_BS, jnp.int32(seen_BS.shape[1]), positions_BT)
 
     def bytes_per_token(self) -> float:
-        """Measured bytes of a slot, all layers: arrays of the cache over batch x slots, positions apart."""
+        """Measured bytes of a slot, all layers: arrays of the cache over batch x slots, positions apart.
+
+        Exact tokens are in it: they cost less a slot the longer the cache.
+        """
         return nbytes(self.memory) / self.positions_BS.size
 
 
@@ -158,46 +90,60 @@ class Claim:
     place: jax.Array
     positions_BS: jax.Array
     length: jax.Array
+    positions_BT: jax.Array
 
     def layer(self, index: int) -> LayerCache:
         """A layer's view."""
-        cache = self.cache
-        return LayerCache(
-            cache.memory[index], cache.codec, self.positions_BS, cache.leads[index], self.place, self.length
-        )
+        memory, storage = self.cache.memory[index], self.cache.storages[index]
+        stored = {name: memory[name] for name in storage.arrays}
+        fields = jax.tree.unflatten(jax.tree.structure(stored), self.cache.layouts[index])
+        dtypes = dict(self.cache.dtypes[index])
+        about = self.positions_BS, self.place, self.length, self.positions_BT
+        return LayerCache(memory, storage, fields, dtypes, *about)
 
     def written(self, layers: Sequence[LayerCache]) -> Cache:
         """The cache that holds what the layers have written."""
         return dataclasses.replace(self.cache, memory=tuple(layer.memory for layer in layers))
 
 
-def empty(entries: tuple[Entry, ...], codec: Codec, ring: Ring | None = None) -> Cache:
+def empty(entries: tuple[Entry, ...], codec: Codecs, ring: Ring | None = None) -> Cache:
     """An empty cache for entries of these shapes (arrays or ShapeDtypeStructs, time as long as the cache)."""
-    stored = jax.eval_shape(lambda: tuple(codec.encode(e) for e in _zeros(entries)))
+    storages = per_layer(codec, [sorted(entry) for entry in entries])
     first = jax.tree.leaves(entries[0])[0]
     batch, max_len = first.shape[0], first.shape[-2]
-    if codec.chunk is not None and max_len % codec.chunk:
-        below = max_len - max_len % codec.chunk
-        raise ValueError(
-            f"max_len={max_len} must be a multiple of the codec's chunk={codec.chunk}; "
-            f"nearest: {below or codec.chunk} or {below + codec.chunk}"
-        )
+    for storage in storages:
+        _check(storage, max_len, ring)
+    memory, layouts = zip(*map(_layer, entries, storages))
+    dtypes = tuple(tuple((name, a.dtype) for name, a in sorted(entry.items())) for entry in entries)
     positions_BS = jnp.full((batch, max_len), -1, jnp.int32)
-    leads = tuple(tuple(a.shape[:-2] for a in jax.tree.leaves(layer)) for layer in stored)
-    return Cache(fold(_zeros(stored)), positions_BS, jnp.zeros((), jnp.int32), codec, leads, ring)
+    return Cache(memory, positions_BS, jnp.zeros((), jnp.int32), storages, layouts, dtypes, ring)
 
 
-def fold(tree: Any) -> Any:
-    """Arrays without the axes before time that have size 1."""
-    drop = lambda a: a.reshape(*(n for n in a.shape[:-2] if n > 1), *a.shape[-2:])
-    return jax.tree.map(drop, tree)
+def _check(storage, max_len, ring):
+    step = storage.step or storage.group
+    if max_len % step:
+        below = max_len - max_len % step
+        raise ValueError(
+            f"max_len={max_len} must be a multiple of the codec's chunk={step}; "
+            f"nearest: {below or step} or {below + step}"
+        )
+    if ring is not None and (storage.recent or storage.group > 1):
+        raise ValueError(
+            f"recent={storage.recent} and codecs of {storage.group} tokens together do not go with windowed "
+            "attention, whose slots are overwritten; use codecs that store each token, and recent=0"
+        )
 
 
-def unfold(tree: Any, leads: tuple[tuple[int, ...], ...]) -> Any:
-    """Arrays as a codec sees them, from what `fold` gave."""
-    leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, [a.reshape(*lead, *a.shape[-2:]) for a, lead in zip(leaves, leads)])
-
-
-def _zeros(tree):
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
+def _layer(entry, storage):
+    """Zeros for all that a layer stores, and the fields of its encoded arrays."""
+    shape = lambda a, time: jax.ShapeDtypeStruct((*a.shape[:-2], time, a.shape[-1]), a.dtype)
+    slots, memory, fields = jax.tree.leaves(entry)[0].shape[-2], {}, {}
+    for name, codec in storage.arrays.items():
+        stored = jax.eval_shape(codec.encode, shape(entry[name], slots))
+        fields[name] = layout(codec, stored, slots, storage.step)
+        memory[name] = jax.tree.map(lambda field, a: field.empty(a), fields[name], stored)
+    recent = storage.recent + (storage.group if storage.group > 1 else 0)
+    for kind, time in ((RECENT, recent), (SINKS, storage.sinks)):
+        if time:
+            memory[kind] = {n: Field(a.shape[:-2]).empty(shape(a, time)) for n, a in entry.items()}
+    return memory, tuple(jax.tree.leaves(fields, is_leaf=lambda f: isinstance(f, Field)))

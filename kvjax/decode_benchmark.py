@@ -13,12 +13,12 @@ import numpy as np
 from flax import nnx
 
 from kvjax.accounting import median_seconds
-from kvjax.cache import nbytes
-from kvjax.codecs.base import Codec
+from kvjax.codecs.base import Codecs, slot_multiple
 from kvjax.config import Config
 from kvjax.dry_run import vocabulary
 from kvjax.generate import ROUND_SLOTS, Session, padded, whole
 from kvjax.sampling import GREEDY
+from kvjax.slots import nbytes
 from kvjax.train import cast, compute_dtype
 
 BANDWIDTH_BYTES = 2**28
@@ -38,7 +38,7 @@ class Case:
 class DecodeWorkload:
     """Greedy generation by random weights from a filled cache; every round starts from the same one."""
 
-    def __init__(self, case: Case, codec: Codec | None = None, expanded: bool = False):
+    def __init__(self, case: Case, codec: Codecs | None = None, expanded: bool = False):
         """`expanded` reads the cache in expanded form, where decoding would take the absorbed one."""
         self.case, config = case, case.config
         model = config.build(vocabulary(config.data))
@@ -48,7 +48,7 @@ class DecodeWorkload:
         graphdef, params = nnx.split(model)
         params = cast(params, compute_dtype(config.train.dtype))
         slots = padded(case.filled) + case.tokens
-        slots += -slots % math.lcm(ROUND_SLOTS, (codec.chunk if codec else None) or 1)
+        slots += -slots % math.lcm(ROUND_SLOTS, slot_multiple(codec))
         self._session = Session(graphdef, params, case.batch, slots, codec)
         started = time.perf_counter()
         self._session.feed(random_prompts(case, vocabulary(config.data)))
@@ -77,7 +77,7 @@ class DecodeWorkload:
         """Time of reading the prompts into an empty cache."""
         session = self._session
         fresh = Session(
-            session.graphdef, session.params, self.case.batch, session.cache.max_len, session.cache.codec
+            session.graphdef, session.params, self.case.batch, session.cache.max_len, session.cache.storages
         )
         prompts = random_prompts(self.case, session.vocab_size)
         started = time.perf_counter()

@@ -15,10 +15,12 @@ from jax import lax
 
 from kvjax import cache as caches
 from kvjax.attention.base import AttentionConfig
-from kvjax.cache import Cache, LayerCache, Ring
+from kvjax.cache import Cache
 from kvjax.checks import at_least, between, positive
-from kvjax.codecs.base import Codec
+from kvjax.codecs.base import Codecs, slot_multiple
+from kvjax.layer_cache import LayerCache
 from kvjax.layers import MLP, RMS_EPS, RMSNorm, dropout, normal, subkey
+from kvjax.slots import Ring
 
 EMBEDDING_STD = 0.02
 
@@ -164,10 +166,11 @@ class Decoder(nnx.Module):
         stacked_keys = None if keys[0] is None else jnp.stack(keys)
         return lax.scan(jax.checkpoint(step) if self.config.remat else step, x_BTD, (stack, stacked_keys))[0]
 
-    def init_cache(self, batch: int, max_len: int, codec: Codec) -> Cache:
+    def init_cache(self, batch: int, max_len: int, codec: Codecs) -> Cache:
         """An empty cache of `max_len` slots, its shapes derived from what the layers' `project` returns.
 
-        With windowed attention, a ring of no more slots than the window and its sinks take.
+        `codec` is one for all arrays of all layers, or as in `kvjax.codecs.base`. With windowed attention,
+        a ring of no more slots than the window and its sinks take, and the codec packs together.
         """
         at_least("batch", batch, 1)
         at_least("max_len", max_len, 1)
@@ -175,7 +178,7 @@ class Decoder(nnx.Module):
         ring, (window, num_sinks) = None, self.attention.band
         if window is not None and window + num_sinks <= max_len:
             ring = Ring(window, num_sinks)
-            max_len = ring.num_slots
+            max_len = ring.num_slots + -ring.num_slots % slot_multiple(codec)
         x_BTD = jax.ShapeDtypeStruct((batch, max_len, self.config.width), self.embedding_VD[...].dtype)
         positions_BT = jax.ShapeDtypeStruct((batch, max_len), jnp.int32)
         entry = lambda block: jax.eval_shape(lambda x, p: block.attention.project(x, p)[1], x_BTD, positions_BT)

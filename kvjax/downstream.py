@@ -15,7 +15,7 @@ from flax import nnx
 
 from kvjax import sharding
 from kvjax.checks import at_least
-from kvjax.codecs.base import Codec
+from kvjax.codecs.base import Codecs
 from kvjax.data import Tokenizer
 from kvjax.evaluate import Through, make_scorer
 from kvjax.tasks import TASKS, Item, Request
@@ -68,14 +68,14 @@ class LikelihoodScorer:
         params: Any,
         tokenizer: Tokenizer,
         through: Through = "none",
-        codec: Codec | None = None,
+        codec: Codecs | None = None,
         max_len: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
     ):
         """`max_len` is the most tokens that the model can read, if there is a limit."""
         at_least("batch_tokens", batch_tokens, 1)
         self.tokenizer, self.max_len, self._batch_tokens = tokenizer, max_len, batch_tokens
-        self._round = math.lcm(ROUND_TOKENS, codec.chunk if codec is not None and codec.chunk else 1)
+        self._round = ROUND_TOKENS
         self._mesh = sharding.make_mesh(jax.device_count())
         self._params = sharding.replicate(params, self._mesh)
         self._scorer = make_scorer(graphdef, self._mesh, through, codec)

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from kvjax import sharding
-from kvjax.codecs.base import Codec, Exact
+from kvjax.codecs.base import Codecs, Exact, slot_multiple
 from kvjax.data import Corpus, eval_batches
 from kvjax.losses import token_nats
 
@@ -82,7 +82,7 @@ def _ratio_se(y: np.ndarray, x: np.ndarray) -> float:
 
 
 def make_scorer(
-    graphdef: nnx.GraphDef, mesh: Mesh, through: Through = "none", codec: Codec | None = None
+    graphdef: nnx.GraphDef, mesh: Mesh, through: Through = "none", codec: Codecs | None = None
 ) -> Scorer:
     """A jitted `(params, batch) -> nats_BT, top_BT`: nats of every target, and whether it is the likeliest token.
 
@@ -98,7 +98,7 @@ def make_scorer(
         judge = lambda x_BTD, targets_BT: token_nats(x_BTD, model.unembedding(), targets_BT)
         if through == "none":
             return judge(model.hidden(tokens_BT)[0], targets_BT)
-        cache = model.init_cache(B, T, codec)
+        cache = model.init_cache(B, T + -T % slot_multiple(codec), codec)
         if through == "prefill":
             return judge(model.hidden(tokens_BT, cache=cache)[0], targets_BT)
 

@@ -4,6 +4,7 @@ B batch, T prompt tokens, V vocabulary, A tokens made at most, E stop tokens.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,12 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from kvjax.cache import Cache, nbytes
+from kvjax.cache import Cache
 from kvjax.checks import at_least
-from kvjax.codecs.base import Codec, Exact
+from kvjax.codecs.base import Codecs, Exact, slot_multiple
 from kvjax.decoder import fused
 from kvjax.sampling import GREEDY, Sampling, choose
+from kvjax.slots import nbytes
 
 Prompts = Sequence[Sequence[int] | np.ndarray] | np.ndarray
 
@@ -46,7 +48,7 @@ class Session:
         params: Any,
         batch: int,
         max_len: int,
-        codec: Codec | None = None,
+        codec: Codecs | None = None,
         cache: Cache | None = None,
     ):
         """An empty cache of `max_len` slots, or the one given; ValueError if it was built for other shapes."""
@@ -55,7 +57,7 @@ class Session:
         if cache is None:
             cache = model.init_cache(batch, max_len, codec or Exact())
         else:
-            _check_cache(cache, jax.eval_shape(lambda: model.init_cache(batch, max_len, cache.codec)))
+            _check_cache(cache, lambda: model.init_cache(batch, max_len, cache.storages))
         small = nbytes(params) <= TURNED_BYTES
         turn = batch == 1 and small and jax.default_backend() == "cpu"
         self.graphdef, self.params = fused(graphdef, params, turn)
@@ -156,7 +158,7 @@ def generate(
     seeds: int | Sequence[int] = 0,
     stop: Sequence[int] = (),
     logprobs: bool = False,
-    codec: Codec | None = None,
+    codec: Codecs | None = None,
     max_len: int | None = None,
 ) -> Generated:
     """At most `num_tokens` tokens after each prompt, of any lengths, through a cache of `max_len` slots.
@@ -166,7 +168,7 @@ def generate(
     at_least("num_tokens", num_tokens, 1)
     at_least("prompts", len(prompts), 1)
     if max_len is None:
-        step = codec.chunk if codec is not None and codec.chunk else ROUND_SLOTS
+        step = math.lcm(ROUND_SLOTS, slot_multiple(codec))
         longest = max(len(prompt) for prompt in prompts)
         max_len = -(-(padded(longest) + num_tokens) // step) * step
     session = Session(graphdef, params, len(prompts), max_len, codec)
@@ -282,7 +284,11 @@ def _row(prompt, index, vocab_size):
     return row
 
 
-def _check_cache(cache, expected):
+def _check_cache(cache, make):
+    try:
+        expected = jax.eval_shape(make)
+    except ValueError as error:
+        raise ValueError(f"cache was built for another model: {error}") from error
     shapes = lambda c: [(jax.tree_util.keystr(path), a.shape, a.dtype) for path, a in jax.tree.leaves_with_path(c)]
     ours, right = shapes(cache), shapes(expected)
     if cache.ring != expected.ring or len(ours) != len(right):

@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from kvjax.checks import at_least, one_of
-from kvjax.codecs.base import Codec
+from kvjax.codecs.base import Codecs, slot_multiple
 from kvjax.data import Tokenizer
 from kvjax.decoder import fused
 from kvjax.downstream import LikelihoodScorer, Window
@@ -52,7 +52,7 @@ class KVJaxLM(LM):
         max_len: int,
         stop_ids: Sequence[int] = (),
         through: Through = "prefill",
-        codec: Codec | None = None,
+        codec: Codecs | None = None,
         batch_size: int = 8,
         track: Callable[[list], Iterable] = iter,
     ):
@@ -122,7 +122,7 @@ class KVJaxLM(LM):
         num_tokens = prompts[0].num_tokens
         # Always as many rows, and slots by the step: few programs.
         rows = [prompts[min(b, len(prompts) - 1)].ids for b in range(self.batch_size)]
-        step = math.lcm(ROUND_SLOTS, self.codec.chunk if self.codec is not None and self.codec.chunk else 1)
+        step = math.lcm(ROUND_SLOTS, slot_multiple(self.codec))
         slots = -(-(padded(max(map(len, rows))) + num_tokens) // step) * step
         session = Session(self.graphdef, self.params, self.batch_size, slots, self.codec)
         session.feed(rows, then=num_tokens)

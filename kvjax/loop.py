@@ -14,7 +14,6 @@ import jax
 from flax import nnx
 
 from kvjax import accounting, results, sharding
-from kvjax.cache import nbytes
 from kvjax.checkpoint import Checkpoints, digest
 from kvjax.codecs.base import Exact
 from kvjax.config import Config, to_dict
@@ -26,6 +25,7 @@ from kvjax.metrics import MetricsWriter
 from kvjax.progress import Bar
 from kvjax.runs import CHECKPOINTS, CONFIG, TOKENIZER, check_same_config, check_same_origin
 from kvjax.sampling import Sampling
+from kvjax.slots import nbytes
 from kvjax.train import cast, compute_dtype, graphdef_of, init_state, make_step
 
 SAMPLE_TEMPERATURE = 0.8

@@ -24,7 +24,7 @@ from kvjax.attention.grouped import Grouped
 from kvjax.attention.latent import Latent
 from kvjax.attention.low_rank import LowRank
 from kvjax.cache import Cache
-from kvjax.codecs import Codec, Exact
+from kvjax.codecs import Codec, Storage
 from kvjax.decoder import Decoder, DecoderConfig
 
 jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))  # of subprocesses, too
@@ -126,7 +126,7 @@ def make_model(attention: AttentionConfig) -> Model:
     forward = lambda params, tokens, positions: nnx.merge(graphdef, params)(tokens, positions)[0]
     step = lambda params, tokens, positions, cache: nnx.merge(graphdef, params)(tokens, positions, cache)
     empty = lambda batch, max_len, chunk: nnx.merge(graphdef, params).init_cache(
-        batch, max_len, Exact(chunk=chunk)
+        batch, max_len, Storage(chunk=chunk)
     )
     params = jax.tree.map(jnp.asarray, params)
     return Model(attention, graphdef, params, quick_jit_of(forward), quick_jit_of(step), functools.cache(empty))
@@ -155,11 +155,14 @@ def draw_params() -> Callable[[Callable[[], nnx.Module]], tuple[nnx.GraphDef, An
 class Zeros(Codec):
     """Forgets what it is given."""
 
-    def encode(self, entry):
-        return entry
+    def encode(self, x):
+        return x
 
-    def decode(self, stored):
-        return jax.tree.map(jnp.zeros_like, stored)
+    def decode(self, stored, dtype):
+        return jnp.zeros(stored.shape, dtype)
+
+    def bits_per_token(self, heads, features, element_bits):
+        return heads * features * element_bits
 
 
 @pytest.fixture(scope="session")

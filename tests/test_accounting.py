@@ -9,10 +9,10 @@ from kvjax import accounting
 from kvjax.attention.grouped import Grouped
 from kvjax.attention.latent import Latent
 from kvjax.attention.low_rank import LowRank
-from kvjax.cache import nbytes
 from kvjax.codecs import Exact
 from kvjax.config import Config
 from kvjax.decoder import DecoderConfig
+from kvjax.slots import nbytes
 
 d, h, V = 23, 6, 37  # width, query heads, vocabulary
 # Parameters, cached elements of a token, and FLOPs of a query and slot, for one layer, as papers count them.

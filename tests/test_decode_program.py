@@ -15,10 +15,10 @@ from kvjax import generate
 from kvjax.attention.grouped import Grouped
 from kvjax.attention.latent import Latent
 from kvjax.attention.low_rank import LowRank
-from kvjax.cache import nbytes
 from kvjax.codecs import Exact
 from kvjax.decoder import Decoder, DecoderConfig, fused
 from kvjax.sampling import GREEDY
+from kvjax.slots import nbytes
 
 SLOTS, VOCAB = 2048, 29
 VARIANTS = {

@@ -42,13 +42,15 @@ class Wreck(Codec):
 
     noise: bool = False
 
-    def encode(self, entry):
-        return entry
+    def encode(self, x):
+        return x
 
-    def decode(self, stored):
-        key = jax.random.key(5)
-        fill = lambda a: jax.random.normal(key, a.shape, a.dtype) if self.noise else jnp.zeros_like(a)
-        return jax.tree.map(fill, stored)
+    def decode(self, stored, dtype):
+        noise = jax.random.normal(jax.random.key(5), stored.shape, dtype)
+        return noise if self.noise else jnp.zeros_like(noise)
+
+    def bits_per_token(self, heads, features, element_bits):
+        return heads * features * element_bits
 
 
 @pytest.fixture(scope="module")

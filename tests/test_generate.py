@@ -10,11 +10,11 @@ from kvjax import generate as module
 from kvjax.attention.grouped import Grouped
 from kvjax.attention.latent import Latent
 from kvjax.attention.low_rank import LowRank
-from kvjax.cache import nbytes
-from kvjax.codecs import Exact
+from kvjax.codecs import Exact, Storage
 from kvjax.decoder import Decoder, DecoderConfig, decodable
 from kvjax.generate import Session, generate, padded, pieces, without_cache
 from kvjax.sampling import Sampling
+from kvjax.slots import nbytes
 
 VOCAB = 29
 RNG = np.random.default_rng(0)
@@ -161,7 +161,7 @@ def test_generation_reads_the_cache_through_its_codec(name, zeros):
     model = model_of(VARIANTS[name])
     made = np.stack(generate(*model, PROMPTS, 8).tokens)
     assert (np.stack(generate(*model, PROMPTS, 8, codec=zeros).tokens) != made).any()
-    codec = Exact(chunk=5)  # divides the window and its sinks
+    codec = Storage(chunk=5)  # divides the window and its sinks
     np.testing.assert_array_equal(np.stack(generate(*model, PROMPTS, 8, codec=codec).tokens), made)
 
 

@@ -18,10 +18,10 @@ from flax import nnx
 from configs import gqa4_124m
 from kvjax import generate
 from kvjax.attention.latent import Latent
-from kvjax.cache import nbytes
 from kvjax.codecs import Exact
 from kvjax.decoder import DecoderConfig, fused
 from kvjax.sampling import GREEDY
+from kvjax.slots import nbytes
 
 INSTALLED = importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda12")
 pytestmark = pytest.mark.skipif(not INSTALLED, reason="needs the extra h100")

@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     from lm_eval.api.task import ConfigurableTask
 
 from kvjax.attention.grouped import Grouped
-from kvjax.codecs import Exact
+from kvjax.codecs import Storage
 from kvjax.data.tokenizer import BPETokenizer, ByteTokenizer
 from kvjax.decoder import Decoder, DecoderConfig
 from kvjax.downstream import LikelihoodScorer, encode, evaluate_task
@@ -54,7 +54,7 @@ def logps(drawn, quick_jit):
 
 @pytest.fixture(scope="module")
 def lm(drawn):
-    return KVJaxLM(*drawn, TOKENIZER, MAX_LEN, [256], "decode", Exact(chunk=8), batch_size=2)
+    return KVJaxLM(*drawn, TOKENIZER, MAX_LEN, [256], "decode", Storage(chunk=8), batch_size=2)
 
 
 def instances(kind, *arguments):

@@ -10,15 +10,17 @@ An entry, and a memory, is a dict of arrays [B, ..., T or S, features].
 """
 
 import abc
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
-from kvjax.attention.heads import MASKED, Band, causal_attention
+from kvjax.attention.heads import MASKED, Band, causal_attention, scores, weighted
+from kvjax.attention.reading import Source, read
 from kvjax.checks import at_least
 from kvjax.layers import rotate
 from kvjax.rope import RopeScaling
@@ -32,19 +34,17 @@ EXPANDED_CHUNK = 512  # slots that many queries read at a time, in expanded form
 class LayerCache(Protocol):
     """What a variant's base needs of one layer's cache."""
 
-    positions_BS: jax.Array
-    """Position of the token in each slot, -1 where the slot is empty."""
-    length: jax.Array
-    """Slots in use, from the first."""
-    chunk: int | None
-    """Slots that are decoded at a time, None for all of them."""
+    @property
+    def chunk(self) -> int | None:
+        """Slots that are decoded at a time, None for all of them."""
+        ...
 
     def write(self, entry: Memory) -> Self:
         """Store an entry in the next slots."""
         ...
 
-    def read(self, start: jax.Array | int = 0, size: int | None = None) -> Memory:
-        """Decode the slots from `start`, or all of them."""
+    def sources(self, inside: frozenset[str]) -> Sequence[Source]:
+        """What the queries of the entry just written read; arrays in `inside` need not be mapped back."""
         ...
 
 
@@ -97,6 +97,20 @@ class Attention(nnx.Module):
     """What the logits are multiplied by before the softmax."""
     expand_from: int = 2
     """Fewest query tokens for which reading a cache in expanded form takes fewer FLOPs."""
+    values: str
+    """The array whose weighted sums a reading is."""
+
+    inside: frozenset[str]
+    """Arrays that the absorbed form reads by nothing but inner products and weighted sums."""
+
+    def observe(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[Memory, dict[str, jax.Array]]:
+        """What calibration gathers: arrays to be stored, and the queries `BNTM` whose inner products read them."""
+        queries, entry = self.project(x_BTD, positions_BT)
+        return entry, {name: q for name, q in self.absorb(queries).items() if name in self.inside}
+
+    @abc.abstractmethod
+    def value_weights(self) -> jax.Array:
+        """What takes each head's weighted sum of `values` to the result: `[N, M, D]`."""
 
     def rotate(self, x: jax.Array, positions_BT: jax.Array, interleaved: bool = False) -> jax.Array:
         """Rotary positions by the config's base and scaling."""
@@ -122,17 +136,17 @@ class Attention(nnx.Module):
         `turn` may keep weights output axis first (see `MLP.turn`).
         """
 
-    def absorb(self, queries: Queries) -> Queries:
-        """Queries in the form that `score` takes: what can be done once, before the slots are read."""
-        return queries
-
     @abc.abstractmethod
-    def score(self, queries: Queries, memory: Memory, positions_BS: jax.Array) -> jax.Array:
-        """Logits `BNTS`, before the scale."""
+    def absorb(self, queries: Queries) -> dict[str, jax.Array]:
+        """Queries `BNTM` of every array that `score` takes inner products with, by its name."""
 
-    @abc.abstractmethod
+    def score(self, queries: dict[str, jax.Array], memory: Memory, positions_BS: jax.Array) -> jax.Array:
+        """Logits `BNTS`, before the scale: the inner products of absorbed queries and memory."""
+        return functools.reduce(jnp.add, (scores(q_BNTM, memory[name]) for name, q_BNTM in queries.items()))
+
     def mix(self, probs_BNTS: jax.Array, memory: Memory) -> jax.Array:
         """A reading `mixed_BNTM`, linear in the probabilities: partial sums over slots add up."""
+        return weighted(probs_BNTS, memory[self.values])
 
     @abc.abstractmethod
     def output(self, mixed_BNTM: jax.Array) -> jax.Array:
@@ -152,85 +166,53 @@ class Attention(nnx.Module):
             return self.merge(_in_order(o_BKGTV)), None
         cache = cache.write(entry)
         if x_BTD.shape[1] >= self.expand_from:
-            heads_BNTV = self._read(_expanded(self, queries), positions_BT, cache, cache.chunk or EXPANDED_CHUNK)
+            form = functools.partial(self._expanded, queries, positions_BT)
+            heads_BNTV = read(cache.sources(frozenset()), form, cache.chunk or EXPANDED_CHUNK)
             return self.merge(heads_BNTV.astype(x_BTD.dtype)), cache
-        mixed_BNTM = self._read(_absorbed(self, self.absorb(queries)), positions_BT, cache, cache.chunk)
+        form = functools.partial(self._absorbed, self.absorb(queries), positions_BT)
+        mixed_BNTM = read(cache.sources(self.inside), form, cache.chunk)
         return self.output(mixed_BNTM.astype(x_BTD.dtype)), cache
 
-    def _read(self, form, positions_BT, cache, chunk):
-        def logits_of(memory, positions_BS, unread_S=None):
-            logits_BNTS, mix = form(memory, positions_BS)
-            seen_BTS = self.config.band.sees(positions_BT[:, :, None], positions_BS[:, None])
-            if unread_S is not None:
-                seen_BTS &= unread_S[None, None]
-            return jnp.where(seen_BTS[:, None], logits_BNTS.astype(jnp.float32) * self.scale, MASKED), mix
+    def _expanded(self, queries, positions_BT, maps):
+        """Explicit heads of a stretch of memory: few FLOPs a query, more a slot."""
+        assert not maps
 
-        S = cache.positions_BS.shape[1]
-        if chunk is None or chunk >= S:
-            memory = cache.read()
-            logits_BNTS, mix = logits_of(memory, cache.positions_BS)
-            return mix(_cast(jax.nn.softmax(logits_BNTS, axis=-1), memory))
-        return _walk(logits_of, cache, S, chunk)
+        def logits_and_mix(part):
+            q_BKGTH, k_BKSH, v_BKSV = self.expand(queries, part.memory, part.positions_BS)
+            logits_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
 
+            def mix(probs_BNTS):
+                probs_BKGTS = probs_BNTS.reshape(logits_BKGTS.shape)
+                return _in_order(jnp.einsum("BKGTS,BKSV->BKGTV", probs_BKGTS, v_BKSV))
 
-def _walk(logits_of, cache, S, C):
-    """Online softmax (Milakov & Gimelshein 2018) over chunks: the time follows the slots in use."""
+            return self._logits(_in_order(logits_BKGTS), positions_BT, part), mix
 
-    def read(i):
-        start = jnp.minimum(i * C, S - C)  # the last chunk begins earlier where C does not divide S
-        memory = cache.read(start, C)
-        positions_BC = lax.dynamic_slice_in_dim(cache.positions_BS, start, C, axis=1)
-        return memory, *logits_of(memory, positions_BC, start + jnp.arange(C) >= i * C)
+        return logits_and_mix, lambda mixed_BNTV, total_BNT1: mixed_BNTV
 
-    def step(i, carry):
-        top_BNT1, total_BNT1, mixed_BNTM = carry
-        memory, logits_BNTC, mix = read(i)
-        new_top_BNT1 = jnp.maximum(top_BNT1, logits_BNTC.max(-1, keepdims=True))
-        weights_BNTC = jnp.exp(logits_BNTC - new_top_BNT1)
-        shrink_BNT1 = jnp.exp(top_BNT1 - new_top_BNT1)
-        total_BNT1 = total_BNT1 * shrink_BNT1 + weights_BNTC.sum(-1, keepdims=True)
-        part_BNTM = mix(_cast(weights_BNTC, memory)).astype(jnp.float32)
-        return new_top_BNT1, total_BNT1, mixed_BNTM * shrink_BNT1 + part_BNTM
+    def _absorbed(self, queries, positions_BT, maps):
+        """The memory as it is stored, or as a codec's linear map left it."""
+        entered = {name: maps[name].enter(q) if name in maps else (q, None) for name, q in queries.items()}
+        mapped = {name: q_BNTM for name, (q_BNTM, _) in entered.items()}
+        offsets = [offset_BNT1 for _, offset_BNT1 in entered.values() if offset_BNT1 is not None]
 
-    def first():
-        memory, logits_BNTC, mix = read(0)
-        return logits_BNTC.max(-1, keepdims=True), mix(_cast(logits_BNTC, memory))
+        def logits_and_mix(part):
+            logits_BNTS = self.score(mapped, part.memory, part.positions_BS)
+            for offset_BNT1 in offsets:
+                logits_BNTS = logits_BNTS.astype(jnp.float32) + offset_BNT1
+            logits_BNTS = self._logits(logits_BNTS, positions_BT, part)
+            return logits_BNTS, lambda probs_BNTS: self.mix(probs_BNTS, part.memory)
 
-    top, mixed = jax.eval_shape(first)
-    start = (jnp.full(top.shape, MASKED), jnp.zeros(top.shape), jnp.zeros(mixed.shape, jnp.float32))
-    _, total_BNT1, mixed_BNTM = lax.fori_loop(0, (cache.length + C - 1) // C, step, start)
-    return mixed_BNTM / total_BNT1
+        values = maps.get(self.values)
+        leave = lambda mixed, total_BNT1: mixed if values is None else values.leave(mixed, total_BNT1)
+        return logits_and_mix, leave
 
-
-def _expanded(attention, queries):
-    """Explicit heads of a stretch of memory: few FLOPs a query, more a slot."""
-
-    def form(memory, positions_BS):
-        q_BKGTH, k_BKSH, v_BKSV = attention.expand(queries, memory, positions_BS)
-        logits_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
-
-        def mix(probs_BNTS):
-            probs_BKGTS = probs_BNTS.reshape(logits_BKGTS.shape)
-            return _in_order(jnp.einsum("BKGTS,BKSV->BKGTV", probs_BKGTS, v_BKSV))
-
-        return _in_order(logits_BKGTS), mix
-
-    return form
-
-
-def _absorbed(attention, queries):
-    """The memory as it is stored."""
-
-    def form(memory, positions_BS):
-        return attention.score(queries, memory, positions_BS), lambda probs: attention.mix(probs, memory)
-
-    return form
+    def _logits(self, logits_BNTS, positions_BT, part):
+        seen_BTS = self.config.band.sees(positions_BT[:, :, None], part.positions_BS[:, None])
+        if part.hidden_BTS is not None:
+            seen_BTS &= ~part.hidden_BTS
+        return jnp.where(seen_BTS[:, None], logits_BNTS.astype(jnp.float32) * self.scale, MASKED)
 
 
 def _in_order(heads_BKGTV):
     B, K, G, *rest = heads_BKGTV.shape
     return heads_BKGTV.reshape(B, K * G, *rest)
-
-
-def _cast(probs, memory):
-    return probs.astype(jax.tree.leaves(memory)[0].dtype)

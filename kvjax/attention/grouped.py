@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from kvjax.attention.base import Attention, AttentionConfig
+from kvjax.attention.heads import scores
 from kvjax.checks import at_least, even, multiple, positive
 from kvjax.layers import RMS_EPS, RMSNorm, from_heads, normal, project, subkey, to_heads
 
@@ -33,6 +33,8 @@ class Grouped(AttentionConfig):
     """Bias on the output projection (as Llama's `attention_bias`, beside the three of `qkv_bias`)."""
     norm_eps: float = field(default=RMS_EPS, kw_only=True)
     """What `qk_norm` adds to mean squares."""
+    rope_on_read: bool = field(default=False, kw_only=True)
+    """Keys are cached as they are before the rotation, and rotated whenever they are read."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -57,7 +59,9 @@ class Grouped(AttentionConfig):
 
 
 class GroupedAttention(Attention):
-    """Caches rotated keys and values `BKSH`; both are read in place, never repeated."""
+    """Caches keys, rotated unless `rope_on_read`, and values `BKSH`; both are read in place, never repeated."""
+
+    values = "v"
 
     def __init__(self, config: Grouped, width: int, output_scale: float, key: jax.Array):
         D, N, K, H = width, config.num_heads, config.num_kv_heads, config.head_dim
@@ -79,6 +83,15 @@ class GroupedAttention(Attention):
 
     def project(self, x_BTD, positions_BT):
         """Queries `BKGTH` and the entry `k_BKTH, v_BKTH`."""
+        q_BNTH, k_BKTH, v_BKTH = self._unrotated(x_BTD)
+        q_BNTH = self.rotate(q_BNTH, positions_BT)
+        if not self.config.rope_on_read:
+            k_BKTH = self.rotate(k_BKTH, positions_BT)
+        B, N, T, H = q_BNTH.shape
+        K = self.config.num_kv_heads
+        return q_BNTH.reshape(B, K, N // K, T, H), {"k": k_BKTH, "v": v_BKTH}
+
+    def _unrotated(self, x_BTD):
         q_BNTH, k_BKTH, v_BKTH = self._heads(x_BTD)
         if self.config.qkv_bias:
             q_BNTH += self.q_bias_NH[...][None, :, None]
@@ -86,10 +99,13 @@ class GroupedAttention(Attention):
             v_BKTH += self.v_bias_KH[...][None, :, None]
         if self.config.qk_norm:
             q_BNTH, k_BKTH = self.q_norm(q_BNTH), self.k_norm(k_BKTH)
-        q_BNTH, k_BKTH = (self.rotate(a, positions_BT) for a in (q_BNTH, k_BKTH))
-        B, N, T, H = q_BNTH.shape
-        K = self.config.num_kv_heads
-        return q_BNTH.reshape(B, K, N // K, T, H), {"k": k_BKTH, "v": v_BKTH}
+        return q_BNTH, k_BKTH, v_BKTH
+
+    def observe(self, x_BTD, positions_BT):
+        """Besides the entry, keys and queries before the rotation."""
+        q_BNTH, k_BKTH, v_BKTH = self._unrotated(x_BTD)
+        q, k = (self.rotate(a, positions_BT) for a in (q_BNTH, k_BKTH))
+        return {"k": k, "k_before_rope": k_BKTH, "v": v_BKTH}, {"k": q, "k_before_rope": q_BNTH}
 
     def _heads(self, x_BTD):
         if hasattr(self, "q_DNH"):
@@ -111,42 +127,36 @@ class GroupedAttention(Attention):
             self.qkv_DF = nnx.Param(qkv_DF)
         del self.q_DNH, self.k_DKH, self.v_DKH
 
+    @property
+    def inside(self):
+        """Values, and keys that need no rotation."""
+        return frozenset({"v"} if self.config.rope_on_read else {"k", "v"})
+
+    def _keys(self, memory, positions_BS):
+        return self.rotate(memory["k"], positions_BS) if self.config.rope_on_read else memory["k"]
+
     def expand(self, queries, memory, positions_BS):
-        """The cache as it is."""
-        return queries, memory["k"], memory["v"]
+        """The cache as it is, but for a rotation on read."""
+        return queries, self._keys(memory, positions_BS), memory["v"]
 
     def merge(self, heads_BNTV):
         """Every head through its part of the output projection."""
         y_BTD = from_heads(heads_BNTV, self.o_NHD[...])
         return y_BTD + self.o_bias_D[...][None, None] if self.config.output_bias else y_BTD
 
+    def absorb(self, queries):
+        """Queries by head; nothing stands between them and the keys."""
+        B, K, G, T, H = queries.shape
+        return {"k": queries.reshape(B, K * G, T, H)}
+
     def score(self, queries, memory, positions_BS):
         """The queries of a group are rows against their one key head."""
-        if queries.shape[3] == 1:
-            logits_BKGTS = lax.platform_dependent(queries, memory["k"], cpu=_scores_by_query, default=_scores)
-        else:
-            logits_BKGTS = _scores(queries, memory["k"])
-        B, K, G, T, S = logits_BKGTS.shape
-        return logits_BKGTS.reshape(B, K * G, T, S)
-
-    def mix(self, probs_BNTS, memory):
-        """Weighted values of every query head."""
-        B, N, T, S = probs_BNTS.shape
-        K, H = memory["v"].shape[1], memory["v"].shape[-1]
-        probs_BKGTS = probs_BNTS.reshape(B, K, N // K, T, S)
-        return jnp.einsum("BKGTS,BKSH->BKGTH", probs_BKGTS, memory["v"]).reshape(B, N, T, H)
+        return scores(queries["k"], self._keys(memory, positions_BS))
 
     def output(self, mixed_BNTM):
         """A reading already is the heads."""
         return self.merge(mixed_BNTM)
 
-
-def _scores(q_BKGTH, k_BKSH):
-    return jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
-
-
-def _scores_by_query(q_BKGTH, k_BKSH):
-    """One matrix-vector product a query head: XLA:CPU's product with a few rows takes twice as long."""
-    G = q_BKGTH.shape[2]
-    logits = [jnp.einsum("BKH,BKSH->BKS", q_BKGTH[:, :, g, 0], k_BKSH) for g in range(G)]
-    return jnp.stack(logits, axis=2)[:, :, :, None]
+    def value_weights(self):
+        """The output projection."""
+        return self.o_NHD[...]

@@ -1,7 +1,7 @@
 """Softmax attention over explicit heads: the fused reading of long sequences.
 
 B batch, N query heads, K kv heads, G query heads a kv head, T queries, S slots, H key dim, V value dim,
-R latent rank, X = B * K rows, Q = G * (queries of a block), E slots a block sees.
+M any features, X = B * K rows, Q = G * (queries of a block), E slots a block sees.
 """
 
 import functools
@@ -71,12 +71,38 @@ def _causal_backward(scale, band, residuals, do_XGTV):
 _causal.defvjp(_causal_forward, _causal_backward)
 
 
-def shared_scores(q_BNTR: jax.Array, k_BSR: jax.Array) -> jax.Array:
-    """Scores `BNTS` of all heads against one memory that they share.
+def scores(q_BNTM: jax.Array, memory: jax.Array) -> jax.Array:
+    """Inner products `BNTS` with a memory `BKSM` (query head n reads kv head n // G), or with one `BSM`."""
+    if memory.ndim == 3:
+        # The memory stands left: on the right XLA:CPU transposes a copy of it, at every token.
+        return jnp.moveaxis(jnp.einsum("BSM,BNTM->BSNT", memory, q_BNTM), 1, -1)
+    B, N, T, M = q_BNTM.shape
+    q_BKGTM = q_BNTM.reshape(B, memory.shape[1], -1, T, M)
+    if T == 1:
+        logits_BKGTS = lax.platform_dependent(q_BKGTM, memory, cpu=_scores_by_query, default=_scores)
+    else:
+        logits_BKGTS = _scores(q_BKGTM, memory)
+    return logits_BKGTS.reshape(B, N, T, -1)
 
-    The memory stands left: on the right XLA:CPU transposes a copy of it, at every token.
-    """
-    return jnp.moveaxis(jnp.einsum("BSR,BNTR->BSNT", k_BSR, q_BNTR), 1, -1)
+
+def _scores(q_BKGTM, k_BKSM):
+    return jnp.einsum("BKGTM,BKSM->BKGTS", q_BKGTM, k_BKSM)
+
+
+def _scores_by_query(q_BKGTM, k_BKSM):
+    """One matrix-vector product a query head: XLA:CPU's product with a few rows takes twice as long."""
+    G = q_BKGTM.shape[2]
+    logits = [jnp.einsum("BKM,BKSM->BKS", q_BKGTM[:, :, g, 0], k_BKSM) for g in range(G)]
+    return jnp.stack(logits, axis=2)[:, :, :, None]
+
+
+def weighted(probs_BNTS: jax.Array, memory: jax.Array) -> jax.Array:
+    """Weighted sums `BNTM` of a memory `BKSM`, its heads read as in `scores`, or `BSM`."""
+    if memory.ndim == 3:
+        return jnp.einsum("BNTS,BSM->BNTM", probs_BNTS, memory)
+    B, N, T, S = probs_BNTS.shape
+    probs_BKGTS = probs_BNTS.reshape(B, memory.shape[1], -1, T, S)
+    return jnp.einsum("BKGTS,BKSM->BKGTM", probs_BKGTS, memory).reshape(B, N, T, -1)
 
 
 def _over_rows(f, *rows):

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.attention.base import Attention, AttentionConfig
-from kvjax.attention.heads import shared_scores
 from kvjax.checks import at_least, even, positive
 from kvjax.layers import RMSNorm, from_heads, normal, project, subkey, to_heads
 
@@ -65,6 +64,9 @@ class Latent(AttentionConfig):
 class LatentAttention(Attention):
     """Caches `latent_BSR` (normed) and `k_rope_BSP` (rotated): expanded for long T, absorbed for short."""
 
+    values = "latent"
+    inside = frozenset({"latent", "k_rope"})
+
     def __init__(self, config: Latent, width: int, output_scale: float, key: jax.Array):
         D, N, R, P = width, config.num_heads, config.rank, config.rope_dim
         H, V, Q = config.nope_dim, config.value_dim, config.query_rank
@@ -115,17 +117,12 @@ class LatentAttention(Attention):
     def absorb(self, queries):
         """Queries through the keys' up-projection: from here the latent is the key."""
         q_BNTH, q_rope_BNTP = queries
-        return jnp.einsum("BNTH,RNH->BNTR", q_BNTH, self.k_up_RNH[...]), q_rope_BNTP
-
-    def score(self, queries, memory, positions_BS):
-        """Multi-query scores against the latent, plus those of the shared rotary key."""
-        q_BNTR, q_rope_BNTP = queries
-        return shared_scores(q_BNTR, memory["latent"]) + shared_scores(q_rope_BNTP, memory["k_rope"])
-
-    def mix(self, probs_BNTS, memory):
-        """Weighted latents: values are rebuilt once, after the sum."""
-        return jnp.einsum("BNTS,BSR->BNTR", probs_BNTS, memory["latent"])
+        return {"latent": jnp.einsum("BNTH,RNH->BNTR", q_BNTH, self.k_up_RNH[...]), "k_rope": q_rope_BNTP}
 
     def output(self, mixed_BNTM):
         """Heads from weighted latents, then merged."""
         return self.merge(jnp.einsum("BNTR,RNV->BNTV", mixed_BNTM, self.v_up_RNV[...]))
+
+    def value_weights(self):
+        """The values' up-projection, then the output projection."""
+        return jnp.einsum("RNV,NVD->NRD", self.v_up_RNV[...], self.o_NVD[...])

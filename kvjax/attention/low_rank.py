@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.attention.base import Attention, AttentionConfig
-from kvjax.attention.heads import shared_scores
 from kvjax.checks import at_least, even, one_of
 from kvjax.layers import from_heads, normal, project, subkey, to_heads
 
@@ -85,8 +84,8 @@ class LowRankAttention(Attention):
         D, N, H = width, config.num_heads, config.head_dim
         self.config = config
         self.scale = H**-0.5
-        self.key_latent, self.value_latent = (list(config.ranks) * 2)[:2]  # one name twice where it is joint
-        rank_k, rank_v = config.ranks[self.key_latent], config.ranks[self.value_latent]
+        self.key_latent, self.values = (list(config.ranks) * 2)[:2]  # one name twice where it is joint
+        rank_k, rank_v = config.ranks[self.key_latent], config.ranks[self.values]
         self.q_DNH = normal(subkey(key, "q"), (D, N, H), D)
         if config.rank is not None:
             self.down_DR = normal(subkey(key, "down"), (D, rank_k), D)
@@ -120,7 +119,7 @@ class LowRankAttention(Attention):
 
     def expand(self, queries, memory, positions_BS):
         """Keys (rotated where they turn) and values of every head."""
-        v_BNSH = jnp.einsum("BSR,RNH->BNSH", memory[self.value_latent], self.up_v_RNH[...])
+        v_BNSH = jnp.einsum("BSR,RNH->BNSH", memory[self.values], self.up_v_RNH[...])
         return queries[:, :, None], self._keys(memory, positions_BS), v_BNSH
 
     def merge(self, heads_BNTV):
@@ -129,20 +128,26 @@ class LowRankAttention(Attention):
 
     def absorb(self, queries):
         """Queries through the keys' up-projection, where no rotation stands between."""
-        if self.config.position == "rope":
-            return queries
-        return jnp.einsum("BNTH,RNH->BNTR", queries, self.up_k_RNH[...])
+        if self.config.position == "none":
+            queries = jnp.einsum("BNTH,RNH->BNTR", queries, self.up_k_RNH[...])
+        return {self.key_latent: queries}
+
+    @property
+    def inside(self):
+        """Not the latent from which keys are rebuilt."""
+        names = frozenset({self.key_latent, self.values})
+        return names if self.config.position == "none" else names - {self.key_latent}
 
     def score(self, queries, memory, positions_BS):
         """Against rebuilt, rotated keys; against the latents themselves without positions."""
-        if self.config.position == "rope":
-            return jnp.einsum("BNTH,BNSH->BNTS", queries, self._keys(memory, positions_BS))
-        return shared_scores(queries, memory[self.key_latent])
-
-    def mix(self, probs_BNTS, memory):
-        """Weighted latents: values are rebuilt once, after the sum."""
-        return jnp.einsum("BNTS,BSR->BNTR", probs_BNTS, memory[self.value_latent])
+        if self.config.position == "none":
+            return super().score(queries, memory, positions_BS)
+        return jnp.einsum("BNTH,BNSH->BNTS", queries[self.key_latent], self._keys(memory, positions_BS))
 
     def output(self, mixed_BNTM):
         """Heads from weighted latents, then merged."""
         return self.merge(jnp.einsum("BNTR,RNH->BNTH", mixed_BNTM, self.up_v_RNH[...]))
+
+    def value_weights(self):
+        """The values' up-projection, then the output projection."""
+        return jnp.einsum("RNH,NHD->NRD", self.up_v_RNH[...], self.o_NHD[...])

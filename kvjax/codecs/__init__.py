@@ -1,5 +1,5 @@
 """How a cache is stored, one file a kind, on the protocol of `base`."""
 
-from kvjax.codecs.base import Codec, Exact
+from kvjax.codecs.base import Codec, Exact, Storage
 
-__all__ = ["Codec", "Exact"]
+__all__ = ["Codec", "Exact", "Storage"]

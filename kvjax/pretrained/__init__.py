@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from kvjax.cache import nbytes
 from kvjax.codecs import Exact
 from kvjax.data.tokenizer import HuggingFaceTokenizer
 from kvjax.decoder import Decoder
@@ -18,6 +17,7 @@ from kvjax.pretrained.smollm2 import smollm2 as fetch_smollm2
 from kvjax.pretrained.tensors import TensorFiles, write_tensors
 from kvjax.pretrained.weights import named_weights, read_weights
 from kvjax.results import plain, read_json, write_bytes, write_json
+from kvjax.slots import nbytes
 from kvjax.train import compute_dtype
 
 NAMES = {"smollm2": fetch_smollm2}

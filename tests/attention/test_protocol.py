@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from kvjax.attention.heads import Band
-from kvjax.codecs import Exact
+from kvjax.codecs import Exact, Storage
 
 BATCH, TOKENS, SLOTS = 3, 11, 16
 PARTS = (1, 3, 7)
@@ -97,7 +97,7 @@ def test_ragged_prompts_equal_each_prompt_alone(model, chunk, error):
 
 def test_bfloat16_parameters(model, expected):
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), model.params)
-    cache = nnx.merge(model.graphdef, params).init_cache(BATCH, SLOTS, Exact(chunk=8))
+    cache = nnx.merge(model.graphdef, params).init_cache(BATCH, SLOTS, Storage(chunk=8))
     assert {a.dtype for a in jax.tree.leaves(cache.memory)} == {jnp.dtype(jnp.bfloat16)}
     half = dataclasses.replace(model, params=params)
     logits, _ = half.feed(cache, tokens_of(), positions_from(0), (7, 1, 1, 1, 1))

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import generate
 from kvjax import host
-from kvjax.cache import nbytes
+from kvjax.slots import nbytes
 
 
 @pytest.fixture(autouse=True)
