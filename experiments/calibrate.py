@@ -7,11 +7,9 @@ projections. They are written as a new directory: by default `calibration` in th
 """
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from experiments import cli
 from kvjax import host, results
@@ -32,10 +30,8 @@ def run(argv: Sequence[str]) -> int:
     from kvjax.statistics_file import save_statistics
 
     model = cli.open_model(options)
-    context = options.context or (model.config.data.context if model.config else min(1024, model.max_len or 1024))
-    if model.max_len is not None and context > model.max_len:
-        raise ValueError(f"--context={context} must be at most the model's max_len={model.max_len}")
-    data, corpus = _corpus(options, model)
+    context = cli.context(options, model)
+    data, corpus = cli.text(options, model, "train")
     start = time.monotonic()
     statistics = calibrate(
         model.graphdef,
@@ -71,17 +67,12 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.parser("experiments.calibrate", __doc__)
     cli.add_model(parser)
     parser.add_argument("--tokens", type=int, metavar="N", required=True, help="tokens to gather statistics of")
-    parser.add_argument("--data", metavar="NAME_OR_FILE", help="text to read (default: the run's own, or sotu)")
-    parser.add_argument("--split", help="of a dataset, neither validation nor test (default: train)")
-    parser.add_argument("--context", type=int, help="tokens of a window (default: the run's, or 1024)")
-    parser.add_argument("--batch-size", type=int, help="windows at a time (default: 32; of a pretrained model 4)")
+    cli.add_text(parser, "train")
     parser.add_argument("--seed", type=int, default=0, help="of the windows' choice (default: 0)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="new directory to write")
     parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="also write a summary here")
     options = parser.parse_args(argv)
-    if options.batch_size is None:
-        options.batch_size = 32 if options.run else 4
-    cli.require_positive(options, "tokens", "batch_size", "context")
+    options.batch_size = cli.batch_size(options)
     at_least("--seed", options.seed, 0)
     if options.split in EVALUATED:
         raise ValueError(
@@ -89,37 +80,10 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
             "scores it would score too well; choose train"
         )
     if options.out is None:
-        options.out = _default_directory(options)
+        options.out = cli.own_folder(options, "calibration")
     if options.out.exists():
         raise ValueError(f"--out={options.out} exists; choose a new directory")
     return options
-
-
-def _default_directory(options: argparse.Namespace) -> Path:
-    from kvjax.data.store import data_folder, file_name
-
-    if options.run is not None:
-        return options.run / "calibration"
-    return data_folder() / "calibration" / file_name(Path(options.model).resolve().name)
-
-
-def _corpus(options: argparse.Namespace, model: Any) -> tuple[str, Any]:
-    """The text's name, without its folder, and its tokens."""
-    from kvjax.data import DataConfig, load_corpus
-    from kvjax.data.batches import tokenize
-
-    file = None if options.data is None else Path(options.data)
-    if file is not None and file.is_file():
-        if options.split is not None:
-            raise ValueError(f"--split={options.split} goes with a dataset; {file} is a file")
-        try:
-            return file.name, tokenize(model.tokenizer, [file.read_bytes()])
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
-    data = model.config.data if model.config else DataConfig()
-    data = data if options.data is None else dataclasses.replace(data, name=options.data)
-    split = options.split or "train"
-    return f"{data.name} {split}", load_corpus(data, model.tokenizer, split)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,60 @@ def open_model(options: argparse.Namespace, dtype: str | None = None) -> Any:
     return model
 
 
+def own_folder(options: argparse.Namespace, name: str) -> Path:
+    """Where results about a model go: a folder in its run's, or `$KVJAX_DATA/name/MODEL` for a pretrained one."""
+    from kvjax.data.store import data_folder, file_name
+
+    if options.run is not None:
+        return options.run / name
+    return data_folder() / name / file_name(Path(options.model).resolve().name)
+
+
+def add_text(parser: argparse.ArgumentParser, split: str, choices: Sequence[str] | None = None) -> None:
+    """Which text a model reads, in which windows."""
+    parser.add_argument("--data", metavar="NAME_OR_FILE", help="text to read (default: the run's own, or sotu)")
+    parser.add_argument("--split", choices=choices, help=f"of a dataset (default: {split})")
+    parser.add_argument("--context", type=int, help="tokens of a window (default: the run's, or 1024)")
+    parser.add_argument("--batch-size", type=int, help="windows at a time (default: 32; of a pretrained model 4)")
+
+
+def batch_size(options: argparse.Namespace) -> int:
+    """Windows at a time."""
+    require_positive(options, "batch_size", "context", "tokens")
+    return options.batch_size or (32 if options.run else 4)
+
+
+def context(options: argparse.Namespace, model: Any) -> int:
+    """Tokens of a window; ValueError for more than the model reads."""
+    tokens = options.context or (model.config.data.context if model.config else min(1024, model.max_len or 1024))
+    if model.max_len is not None and tokens > model.max_len:
+        raise ValueError(f"--context={tokens} must be at most the model's max_len={model.max_len}")
+    return tokens
+
+
+def text(options: argparse.Namespace, model: Any, split: str) -> tuple[str, Any]:
+    """The text's name, without its folder, and its tokens; of a dataset, `split` unless the options name one."""
+    from kvjax.data import DataConfig, load_corpus
+    from kvjax.data.batches import tokenize
+
+    file = None if options.data is None else Path(options.data)
+    if file is not None and file.is_file():
+        if options.split is not None:
+            raise ValueError(f"--split={options.split} goes with a dataset; {file} is a file")
+        try:
+            name, corpus = file.name, tokenize(model.tokenizer, [file.read_bytes()])
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+    else:
+        data = model.config.data if model.config else DataConfig()
+        data = data if options.data is None else dataclasses.replace(data, name=options.data)
+        split = options.split or split
+        name, corpus = f"{data.name} {split}", load_corpus(data, model.tokenizer, split)
+    if len(corpus.ids) == len(corpus.num_bytes):
+        raise ValueError(f"{name} has no text to read")
+    return name, corpus
+
+
 def require_positive(options: argparse.Namespace, *names: str) -> None:
     """ValueError unless these options are at least 1, or not given."""
     for name in names:

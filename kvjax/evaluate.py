@@ -48,7 +48,7 @@ class Score:
     @property
     def perplexity_se(self) -> float:
         """Standard error of the perplexity over documents, to first order."""
-        return self.perplexity * _ratio_se(self.nats, self.tokens)
+        return self.perplexity * ratio_se(self.nats, self.tokens)
 
     @property
     def bits_per_byte(self) -> float:
@@ -58,7 +58,7 @@ class Score:
     @property
     def bits_per_byte_se(self) -> float:
         """Standard error of the bits per byte over documents."""
-        return _ratio_se(self.nats, self.num_bytes) / math.log(2)
+        return ratio_se(self.nats, self.num_bytes) / math.log(2)
 
     def row(self) -> dict[str, float | int | None]:
         """The figures of a result row; one that is no number, as the standard error of one document, is null."""
@@ -72,7 +72,7 @@ class Score:
         }
 
 
-def _ratio_se(y: np.ndarray, x: np.ndarray) -> float:
+def ratio_se(y: np.ndarray, x: np.ndarray) -> float:
     """Standard error of sum(y) / sum(x) over units drawn at random (Cochran 1977, eq. 2.46); nan for one."""
     n = len(y)
     if n < 2:

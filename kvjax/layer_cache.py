@@ -5,6 +5,7 @@ encoded slots, and the tokens that are kept exact (the first ones, the newest on
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -65,7 +66,7 @@ class LayerCache:
             else:
                 first = self.place
             stored = codec.encode(x)
-            put = lambda field, old, new, first=first, n=x.shape[-2]: self._put(field, old, new, first, n)
+            put = functools.partial(self._put, first=first, num_tokens=x.shape[-2])
             memory[name] = jax.tree.map(put, self.fields[name], self.memory[name], stored)
             if self.place.ndim and x.shape[-2] > 1:
                 # Several tokens overtake slots that the first of them still see: read what was, and the new.
@@ -75,7 +76,8 @@ class LayerCache:
         return dataclasses.replace(layer, kept=self._kept(entry, memory))
 
     def _put(self, field, old, new, first, num_tokens):
-        if first.ndim == 0 and (self._one or field.codes == field.tokens == 1):
+        exact_fit = field.codes == 1 and num_tokens == self.positions_BT.shape[1]  # whole groups may pass the end
+        if first.ndim == 0 and (self._one or exact_fit):
             return field.put(old, new, first)
         return field.scatter(old, new, first if first.ndim else first + jnp.arange(num_tokens))
 

@@ -76,11 +76,37 @@ def first_tokens(corpus: Corpus, tokenizer: Tokenizer, num_tokens: int) -> Corpu
     if num_tokens > predicted.sum():
         raise ValueError(f"num_tokens={num_tokens} must be at most {predicted.sum()}, all that the text has")
     last = int(np.searchsorted(np.cumsum(predicted), num_tokens))
-    stop = int(corpus.starts[last] + 1 + num_tokens - predicted[:last].sum())
-    # Of a character that the cut parts, no byte counts.
-    tail = tokenizer.decode(corpus.ids[corpus.starts[last] + 1 : stop]).rstrip("\ufffd")
-    num_bytes = np.append(corpus.num_bytes[:last], len(tail.encode()))
-    return Corpus(corpus.ids[:stop], np.append(corpus.starts[: last + 1], stop), num_bytes)
+    return _cut(corpus, tokenizer, np.append(predicted[:last], num_tokens - predicted[:last].sum()))
+
+
+def first_of_each(corpus: Corpus, tokenizer: Tokenizer, num_tokens: int) -> Corpus:
+    """The first tokens of every document, as evenly as they go, `num_tokens` in all; ValueError if there are fewer."""
+    predicted = np.diff(corpus.starts) - 1
+    if not len(predicted) <= num_tokens <= predicted.sum():
+        raise ValueError(
+            f"num_tokens={num_tokens} must be at least {len(predicted)}, one a document, and at most "
+            f"{predicted.sum()}, all that the text has"
+        )
+    counts, left = np.zeros_like(predicted), num_tokens
+    for rank, document in enumerate(np.argsort(predicted, kind="stable")):
+        counts[document] = min(predicted[document], left // (len(predicted) - rank))
+        left -= counts[document]
+    return _cut(corpus, tokenizer, counts)
+
+
+def _cut(corpus: Corpus, tokenizer: Tokenizer, counts: np.ndarray) -> Corpus:
+    """The first documents, each with so many predicted tokens."""
+    spans = [(start, start + 1 + count) for start, count in zip(corpus.starts.tolist(), counts.tolist())]
+    starts = np.cumsum([0, *(stop - start for start, stop in spans)], dtype=np.int64)
+    # Of a character that a cut parts, no byte counts.
+    text = lambda start, stop: tokenizer.decode(corpus.ids[start + 1 : stop]).rstrip("\ufffd")
+    whole = corpus.starts[1 : len(spans) + 1].tolist()
+    num_bytes = [
+        int(corpus.num_bytes[d]) if stop == whole[d] else len(text(start, stop).encode())
+        for d, (start, stop) in enumerate(spans)
+    ]
+    ids = np.concatenate([corpus.ids[start:stop] for start, stop in spans])
+    return Corpus(ids, starts, np.array(num_bytes, np.int64))
 
 
 def _lengths(texts: Sequence[bytes]) -> np.ndarray:

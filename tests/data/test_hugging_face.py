@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from kvjax.data.batches import Corpus, first_tokens, tokenize
+from kvjax.data.batches import Corpus, first_of_each, first_tokens, tokenize
 from kvjax.data.tokenizer import BPETokenizer, ByteTokenizer, HuggingFaceTokenizer, from_json
 
 TEXTS = [b"heads that share their keys, heads that share their values " * 9]
@@ -96,6 +96,25 @@ def test_the_first_tokens(tokens, starts, num_bytes):
     cut = first_tokens(corpus, ByteTokenizer(), tokens)
     assert isinstance(cut, Corpus) and cut.starts.tolist() == starts and cut.num_bytes.tolist() == num_bytes
     assert cut.ids.tolist() == corpus.ids[: starts[-1]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "counts", "num_bytes"),
+    [(3, [1, 0, 2], [1, 0, 2]), (4, [2, 0, 2], [2, 0, 2]), (5, [2, 0, 3], [2, 0, 3])],
+)
+def test_the_first_tokens_of_each_document(tokens, counts, num_bytes):
+    """As evenly as documents of 2, 0 and 3 tokens go; what one lacks the longer ones give."""
+    corpus = tokenize(ByteTokenizer(), [b"ab", b"", b"\xc3\xa9c"])
+    cut = first_of_each(corpus, ByteTokenizer(), tokens)
+    assert (np.diff(cut.starts) - 1).tolist() == counts and cut.num_bytes.tolist() == num_bytes
+    heads = [corpus.ids[start : start + 1 + n] for start, n in zip(corpus.starts, counts)]
+    assert cut.ids.tolist() == np.concatenate(heads).tolist()
+
+
+@pytest.mark.parametrize("tokens", [2, 6])
+def test_every_document_has_a_token_to_give(tokens):
+    with pytest.raises(ValueError, match=f"num_tokens={tokens} must be at least 3, one a document, and at most 5"):
+        first_of_each(tokenize(ByteTokenizer(), [b"ab", b"", b"\xc3\xa9c"]), ByteTokenizer(), tokens)
 
 
 def test_no_more_tokens_than_there_are():
