@@ -89,7 +89,7 @@ def _measure(comparer: Any, recipe: Any, statistics: Any, context: int, label: s
     fitted = time.monotonic() - started
     before_rope = recipe.keys == "before_rope"
     bar = lambda batches: track(label, batches)
-    row = {"bytes": bytes_of(entries, storages, context)} | comparer.compare(storages, before_rope, bar).row()
+    row = {"cache_bytes": bytes_of(entries, storages, context)} | comparer.compare(storages, before_rope, bar).row()
     exact = [Storage(Exact())] * len(layers)
     row["layers_seconds_per_step_exact"] = step_seconds(layers, entries, exact, context)
     if before_rope:
@@ -107,8 +107,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     first = rows[0]
     lines = [f"{first['model']}, {first['data']}, {first['documents']} documents, {first['tokens']:,} tokens"]
     lines.append("  " + LINE.format(*HEADS))
-    front = on_front([(row["bytes"]["per_token"], row["perplexity"]) for row in rows])
-    for row, best in sorted(zip(rows, front), key=lambda pair: -pair[0]["bytes"]["per_token"]):
+    front = on_front([(row["cache_bytes"]["per_token"], row["perplexity"]) for row in rows])
+    for row, best in sorted(zip(rows, front), key=lambda pair: -pair[0]["cache_bytes"]["per_token"]):
         lines.append(("* " if best else "  ") + _line(row))
     return "\n".join(lines)
 
@@ -116,7 +116,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def _line(row: dict[str, Any]) -> str:
     low, high = row["perplexity_percent_low"], row["perplexity_percent_high"]
     interval = "" if low is None else f" ({low:+.2f} to {high:+.2f})"
-    size = row["bytes"]
+    size = row["cache_bytes"]
     return LINE.format(
         row["codec"],
         f"{size['per_token']:,.0f}",

@@ -108,7 +108,8 @@ class Claim:
 
 def empty(entries: tuple[Entry, ...], codec: Codecs, ring: Ring | None = None) -> Cache:
     """An empty cache for entries of these shapes (arrays or ShapeDtypeStructs, time as long as the cache)."""
-    storages = per_layer(codec, [sorted(entry) for entry in entries])
+    # Copies: a cache is donated, with all that is in it, and layers may share a codec.
+    storages = jax.tree.map(jnp.array, per_layer(codec, [sorted(entry) for entry in entries]))
     first = jax.tree.leaves(entries[0])[0]
     batch, max_len = first.shape[0], first.shape[-2]
     for storage in storages:

@@ -42,8 +42,8 @@ class LayerCache:
     """Of the tokens to be written."""
     turned: Mapping[str, Any] | None = None
     """Stored arrays to read instead of the memory, in which a ring's slots have been overtaken."""
-    kept: Part | None = None
-    """Exact tokens to read."""
+    kept: tuple[Part, ...] = ()
+    """Exact tokens to read: sinks, and the newest."""
 
     @property
     def chunk(self) -> int | None:
@@ -132,9 +132,9 @@ class LayerCache:
             return inner[name].decode(jax.tree.map(take, fields[name], stored[name]), self.dtypes[name])
 
         sources = [Source(self.positions_BS.shape[1], self.length, read, num_parts, maps)]
-        if self.kept is not None:
-            kept, n = self.kept, self.kept.positions_BS.shape[1]
-            sources.append(Source(n, n, lambda start, size: [_stretch(kept, start, size)]))
+        for kept in self.kept:
+            n = kept.positions_BS.shape[1]
+            sources.append(Source(n, n, lambda start, size, kept=kept: [_stretch(kept, start, size)]))
         return sources
 
     def _part(self, memory, start, size):
@@ -155,29 +155,26 @@ class LayerCache:
 
     def _kept(self, entry, memory):
         """Exact tokens that these tokens' queries read: sinks, the newest before them, themselves."""
-        positions, hidden, arrays = [], [], []
         B, T = self.positions_BT.shape
+        kept = []
         if SINKS in memory:
-            arrays.append(self._unfolded(entry, memory[SINKS]))
-            positions.append(jnp.broadcast_to(jnp.arange(self.storage.sinks)[None], (B, self.storage.sinks)))
-            hidden.append(jnp.zeros((1, T, self.storage.sinks), bool))
+            n = self.storage.sinks
+            positions_BS = jnp.broadcast_to(jnp.arange(n)[None], (B, n))
+            kept.append(Part(self._unfolded(entry, memory[SINKS]), positions_BS, jnp.zeros((B, T, n), bool)))
         if RECENT in memory:
-            arrays.append(self._unfolded(entry, memory[RECENT] if self._one else self.memory[RECENT]))
-            num_slots = arrays[-1][next(iter(entry))].shape[-2]
+            arrays = self._unfolded(entry, memory[RECENT] if self._one else self.memory[RECENT])
+            num_slots = jax.tree.leaves(arrays)[0].shape[-2]
             last = self.place - (0 if self._one else 1)
             slots_S = last - (last - jnp.arange(num_slots)) % num_slots
             if not self._one:
-                arrays.append(entry)
+                arrays = {n: jnp.concatenate([arrays[n], x], axis=-2) for n, x in entry.items()}
                 slots_S = jnp.concatenate([slots_S, self.place + jnp.arange(T)])
-            positions.append(jnp.where((slots_S >= 0)[None], jnp.take(self.positions_BS, slots_S, axis=1), -1))
-            hidden.append((slots_S[None] < self._boundary()[:, None])[None])
+            positions_BS = jnp.where((slots_S >= 0)[None], jnp.take(self.positions_BS, slots_S, axis=1), -1)
+            hidden_BTS = jnp.broadcast_to((slots_S[None] < self._boundary()[:, None])[None], (B, T, len(slots_S)))
             if SINKS in memory:
-                hidden[-1] = hidden[-1] | (positions[-1] < self.storage.sinks)[:, None]
-        if not arrays:
-            return None
-        join = lambda parts, axis: parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=axis)
-        hidden = [jnp.broadcast_to(h, (B, *h.shape[1:])) for h in hidden]
-        return Part({n: join([a[n] for a in arrays], -2) for n in entry}, join(positions, 1), join(hidden, 2))
+                hidden_BTS |= (positions_BS < self.storage.sinks)[:, None]
+            kept.append(Part(arrays, positions_BS, hidden_BTS))
+        return tuple(kept)
 
     def _unfolded(self, entry, arrays):
         return {name: Field(x.shape[:-2]).unfold(arrays[name]) for name, x in entry.items()}

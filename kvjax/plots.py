@@ -23,7 +23,7 @@ def pareto(rows: Sequence[dict[str, Any]], title: str) -> Any:
     """Perplexity against bytes a token, one point a codec with its paired 95 % interval; a line joins the best."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    points = [(row["bytes"]["per_token"], row["perplexity"]) for row in rows]
+    points = [(row["cache_bytes"]["per_token"], row["perplexity"]) for row in rows]
     best = sorted(point for point, front in zip(points, on_front(points)) if front)
     axis.step(*zip(*best), where="post", color="0.7", zorder=0, label="no codec is better in both")
     for number, (row, (size, perplexity)) in enumerate(zip(rows, points)):

@@ -26,7 +26,7 @@ EXACT = Step("exact")
 _DEVIATIONS = 8.0  # 10 with the default headroom
 
 
-def exact_bits(codec: Codec, heads: int, features: int, element_bits: int) -> Fraction:
+def token_bits(codec: Codec, heads: int, features: int, element_bits: int) -> Fraction:
     """Bits per token: those of tokens that are encoded together are a whole number."""
     return Fraction(round(codec.bits_per_token(heads, features, element_bits) * codec.group), codec.group)
 
@@ -69,9 +69,9 @@ class PlannedArray:
         """Stored bits per token at a rank, where it has one."""
         codec, features = codec_of(self.format), self.shape.shape[-1]
         if self.steps == (self.format,):
-            return exact_bits(codec, self.heads, features, 8 * self.shape.dtype.itemsize)
+            return token_bits(codec, self.heads, features, 8 * self.shape.dtype.itemsize)
         width = self._rank(rank) if self.steps[0].fitted else features
-        return exact_bits(codec, 1 if self.joint else self.heads, width, 32)
+        return token_bits(codec, 1 if self.joint else self.heads, width, 32)
 
     def energies(self) -> np.ndarray:
         """What each dimension keeps, best first, as parts of all."""

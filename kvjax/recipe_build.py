@@ -14,7 +14,7 @@ from kvjax.codecs import fit
 from kvjax.codecs.base import Storage, slot_multiple
 from kvjax.codecs.budget import uniform_ranks, waterfill_ranks
 from kvjax.codecs.statistics import ArrayStatistics, Statistics
-from kvjax.recipe_array import EXACT, PlannedArray, exact_bits
+from kvjax.recipe_array import EXACT, PlannedArray, token_bits
 from kvjax.recipe_steps import amount
 from kvjax.recipes import Chain, Recipe, needs_statistics
 from kvjax.slots import nbytes
@@ -86,7 +86,7 @@ def describe(storages: Sequence[Storage], entries: Entries, slots: int) -> dict[
         kept = storage.sinks + storage.recent + (storage.group if storage.group > 1 else 0)
         for name, a in entry.items():
             heads, features, element_bits = math.prod(a.shape[1:-2]), a.shape[-1], 8 * a.dtype.itemsize
-            encoded += exact_bits(codecs[name], heads, features, element_bits)
+            encoded += token_bits(codecs[name], heads, features, element_bits)
             exact += kept * heads * features * element_bits
     return {
         "encoded_bytes_per_token": float(encoded / 8),
@@ -172,8 +172,9 @@ def _allocate(
     if budget < fixed + ones:
         least = math.ceil((fixed + ones) / 8)
         raise ValueError(
-            f"budget={recipe.budget}, {float(budget / 8):g} bytes per token, must be at least {least}, "
-            f"{math.ceil(Fraction(1000 * least, whole)) / 10}%: rank 1, and {float(fixed / 8):g} for arrays without rank"
+            f"budget={recipe.budget}, {float(budget / 8):g} bytes per token, must be at least {least}, or "
+            f"{math.ceil(Fraction(1000 * least, whole)) / 10}%: {float(fixed / 8):g} for arrays with nothing to "
+            f"choose, and rank 1 for the others"
         )
     # Straight lines through rank 1 that no rank's bits exceed; what they leave of the budget comes after.
     slopes: Any = [

@@ -11,6 +11,9 @@ from kvjax.attention.grouped import Grouped
 from kvjax.attention.latent import Latent
 from kvjax.attention.low_rank import LowRank
 from kvjax.codecs import Exact, Storage
+from kvjax.codecs.chain import chain
+from kvjax.codecs.floats import Fp8
+from kvjax.codecs.rotations import haar
 from kvjax.decoder import Decoder, DecoderConfig, decodable
 from kvjax.generate import Session, generate, padded, pieces, without_cache
 from kvjax.sampling import Sampling
@@ -302,3 +305,10 @@ def test_a_cache_of_another_model_or_batch_is_refused(gqa):
         Session(*gqa, 1, 32).feed([[1], [2]])
     with pytest.raises(ValueError, match="nothing was fed"):
         Session(*gqa, 1, 32).generate(1)
+
+
+def test_a_calibrated_codec_outlives_the_caches_that_it_was_given_to(gqa):
+    """A cache is donated; layers share the codec's arrays, and it is used again."""
+    codec = chain(haar(10, 0), Fp8.calibrated(3.0))
+    made = [generate(*gqa, [[1, 2, 3]], 4, codec=codec).tokens[0].tolist() for _ in range(2)]
+    assert made[0] == made[1] and len(made[0]) == 4
