@@ -119,6 +119,48 @@ def own_folder(options: argparse.Namespace, name: str) -> Path:
     return data_folder() / name / file_name(Path(options.model).resolve().name)
 
 
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Where codecs get what they are fitted to."""
+    parser.add_argument(
+        "--calibration", type=Path, metavar="DIR", help="of experiments.calibrate (default: its own)"
+    )
+
+
+def open_calibration(options: argparse.Namespace) -> tuple[Path, Any]:
+    """Directory and statistics; None for these where nothing was named and nothing lies at the default place."""
+    from kvjax.statistics_file import load_statistics
+
+    directory = options.calibration or own_folder(options, "calibration")
+    if options.calibration is not None and not directory.exists():
+        raise ValueError(f"--calibration={directory} is missing; experiments.calibrate writes it")
+    return directory, load_statistics(directory) if directory.exists() else None
+
+
+def add_codec(parser: argparse.ArgumentParser) -> None:
+    """How the cache is stored."""
+    parser.add_argument("--codec", metavar="TEXT", help="how the cache is stored, as in experiments.compress")
+    add_calibration(parser)
+
+
+def open_codec(options: argparse.Namespace, model: Any) -> tuple[Any, Any]:
+    """The model as `--codec` wants it, and how its layers are stored (None without the option)."""
+    if options.codec is None:
+        if options.calibration is not None:
+            raise ValueError(f"--calibration={options.calibration} goes with a --codec")
+        return model, None
+    from kvjax.compress import entries, key_frequencies
+    from kvjax.decoder import rope_on_read
+    from kvjax.recipe_build import build
+    from kvjax.recipes import parse
+
+    recipe, split = parse(options.codec), (model.graphdef, model.params)
+    statistics, shapes = open_calibration(options)[1], entries(*split, 1, 1)
+    storages = build(recipe, shapes, statistics, frequencies=key_frequencies(*split))
+    if recipe.keys == "before_rope":
+        model = dataclasses.replace(model, **dict(zip(("graphdef", "params"), rope_on_read(*split))))
+    return model, storages
+
+
 def add_text(parser: argparse.ArgumentParser, split: str, choices: Sequence[str] | None = None) -> None:
     """Which text a model reads, in which windows."""
     parser.add_argument("--data", metavar="NAME_OR_FILE", help="text to read (default: the run's own, or sotu)")

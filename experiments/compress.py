@@ -31,7 +31,6 @@ def run(argv: Sequence[str]) -> int:
     from kvjax.compress import Comparer
     from kvjax.data.batches import first_of_each
     from kvjax.recipes import parse
-    from kvjax.statistics_file import load_statistics
 
     recipes = [parse(text) for text in dict.fromkeys(options.codec)]
     model = cli.open_model(options)
@@ -39,8 +38,7 @@ def run(argv: Sequence[str]) -> int:
     data, corpus = cli.text(options, model, "validation")
     if options.tokens is not None:
         corpus = first_of_each(corpus, model.tokenizer, options.tokens)
-    directory = options.calibration or cli.own_folder(options, "calibration")
-    statistics = load_statistics(directory) if directory.exists() else None
+    directory, statistics = cli.open_calibration(options)
     header = {"model": model.name, "step": model.step, "data": data, "context": context}
     header |= {"tokens": options.tokens, "dtype": jax.tree.leaves(model.params)[0].dtype.name}
     if statistics is not None:
@@ -79,7 +77,8 @@ def run(argv: Sequence[str]) -> int:
 def _measure(comparer: Any, recipe: Any, statistics: Any, context: int, label: str) -> dict[str, Any]:
     """A row's figures: bytes, quality, time."""
     from kvjax.codecs.base import Exact, Storage
-    from kvjax.compress import bytes_of, rope_on_read
+    from kvjax.compress import bytes_of, layers_of
+    from kvjax.decoder import rope_on_read
     from kvjax.layer_timing import encode_seconds, step_seconds
     from kvjax.recipe_build import build
 
@@ -89,11 +88,13 @@ def _measure(comparer: Any, recipe: Any, statistics: Any, context: int, label: s
     fitted = time.monotonic() - started
     before_rope = recipe.keys == "before_rope"
     bar = lambda batches: track(label, batches)
-    row = {"cache_bytes": bytes_of(entries, storages, context)} | comparer.compare(storages, before_rope, bar).row()
+    row = {"cache_bytes": bytes_of(entries, storages, context)} | comparer.compare(
+        storages, before_rope, bar
+    ).row()
     exact = [Storage(Exact())] * len(layers)
     row["layers_seconds_per_step_exact"] = step_seconds(layers, entries, exact, context)
     if before_rope:
-        layers = [rope_on_read(layer) for layer in layers]
+        layers = layers_of(*rope_on_read(comparer.graphdef, comparer.params))
     row["layers_seconds_per_step"] = step_seconds(layers, entries, storages, context)
     row["encode_seconds_per_step"] = encode_seconds(entries, storages)
     row["rows_per_step"] = next(iter(entries[0].values())).shape[0]
@@ -145,8 +146,6 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="also write the rows here")
     options = parser.parse_args(argv)
     cli.batch_size(options)
-    if options.calibration is not None and not options.calibration.exists():
-        raise ValueError(f"--calibration={options.calibration} is missing; experiments.calibrate writes it")
     return options
 
 

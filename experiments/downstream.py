@@ -33,14 +33,22 @@ def run(argv: Sequence[str]) -> int:
             if options.limit > total:
                 raise ValueError(f"--limit={options.limit} must be at most {total}, the items of {task}")
             items[task] = draw(items[task], options.limit, options.seed)
-    scorer = LikelihoodScorer(model.graphdef, model.params, model.tokenizer, options.cache, max_len=model.max_len)
+    model, codec = cli.open_codec(options, model)
+    split = model.graphdef, model.params
+    scorer = LikelihoodScorer(*split, model.tokenizer, options.cache, codec, max_len=model.max_len)
     rows = {}
     for task in options.tasks:
         bar = lambda batches, task=task: track(task, batches)
         rows[task] = evaluate_task(scorer, task, items[task], bar).row() | {"items_in_all": totals[task]}
     print(table(model.name, options, rows))
     if options.json is not None:
-        header = {"model": model.name, "cache": options.cache, "limit": options.limit, "seed": options.seed}
+        header = {
+            "model": model.name,
+            "cache": options.cache,
+            "codec": options.codec,
+            "limit": options.limit,
+            "seed": options.seed,
+        }
         results.write_json(options.json, header | {"tasks": rows, "environment": results.environment()})
     return 0
 
@@ -75,11 +83,14 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, metavar="N", help="take N items of each task at random")
     parser.add_argument("--seed", type=int, default=0, help="of that draw (default: 0)")
     parser.add_argument("--cache", choices=tuple(THROUGH), default="prefill", help="as in experiments.evaluate")
+    cli.add_codec(parser)
     parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="write the rows here")
     options = parser.parse_args(argv)
     if options.limit is not None:
         at_least("--limit", options.limit, 1)
     at_least("--seed", options.seed, 0)
+    if options.codec is not None and options.cache == "none":
+        raise ValueError("--codec stores a cache; leave out --cache none")
     options.tasks = list(dict.fromkeys(options.tasks))
     return options
 

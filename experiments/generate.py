@@ -25,6 +25,7 @@ def run(argv: Sequence[str]) -> int:
     """Generate, and print what it cost."""
     options = arguments(argv)
     host.prepare()
+    from kvjax.codecs.base import slot_multiple
     from kvjax.generate import Session, padded, without_cache
     from kvjax.sampling import Sampling
     from kvjax.slots import nbytes
@@ -41,15 +42,21 @@ def run(argv: Sequence[str]) -> int:
     ids = turn(line, None)
     said = len(ids)
     _check_length(said + options.tokens, model.max_len)
-    row: dict[str, Any] = {"model": model.name, "cached": options.cache, "seed": options.seed}
+    row: dict[str, Any] = {
+        "model": model.name,
+        "cached": options.cache,
+        "codec": options.codec,
+        "seed": options.seed,
+    }
     if not options.cache:
         tokens = without_cache(model.graphdef, model.params, ids, options.tokens, sampling, options.seed, stop)
         _, text, figures = _watch(tokenizer, ([token] for token in tokens), stop)
         row |= {"prompt_tokens": len(ids)} | figures
         _close(row, text, options.json)
         return 0
+    model, codec = cli.open_codec(options, model)
     max_len = options.max_len or padded(len(ids)) + options.tokens
-    session = Session(model.graphdef, model.params, 1, max_len)
+    session = Session(model.graphdef, model.params, 1, max_len + -max_len % slot_multiple(codec), codec)
     while True:
         started = time.perf_counter()
         session.feed([ids], then=options.tokens)
@@ -94,6 +101,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--no-cache", dest="cache", action="store_false", help="read the whole text for every token"
     )
+    cli.add_codec(parser)
     parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="also write the result here")
     options = parser.parse_args(argv)
     cli.require_positive(options, "tokens", "max_len")
@@ -101,6 +109,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise ValueError(f"--seed={options.seed} must be at least 0 and below {2**31}")
     if options.system is not None and not options.chat:
         raise ValueError("--system is the beginning of a --chat")
+    if options.codec is not None and not options.cache:
+        raise ValueError("--codec stores a cache; leave out --no-cache")
     if options.interactive and not options.cache:
         raise ValueError("--interactive keeps a cache; leave out --no-cache")
     if options.interactive and options.max_len is None:

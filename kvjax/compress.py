@@ -3,7 +3,6 @@
 B batch, T tokens, D width, V vocabulary, C tokens of a chunk.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ from scipy import stats
 from kvjax import cache as caches
 from kvjax.codecs.base import Entry, Exact, Storage, slot_multiple
 from kvjax.data import Corpus, eval_batches
+from kvjax.decoder import rope_on_read
 from kvjax.evaluate import Score, ratio_se
 from kvjax.rope import frequencies
 from kvjax.slots import nbytes
@@ -89,21 +89,19 @@ class Comparer:
     ):
         """The exact model's predictions; `track` may wrap the list of batches to show progress."""
         model = nnx.merge(graphdef, params)
+        self.graphdef, self.params = graphdef, params
         self._embedding_VD, self._norm = model.embedding_VD[...], nnx.split(model.norm)
         self._unembedding_VD = model.unembedding()
-        self.layers = [nnx.split(block) for block in model.layers]
+        self.layers = layers_of(graphdef, params)
         self._corpus, self._batches = corpus, eval_batches(corpus, context, batch_size)
         self.entries = entries(graphdef, params, batch_size, context)
         self._hidden: list[jax.Array] = []
-        self.exact = self._score([Storage(Exact())] * len(self.layers), track, None).score
+        self.exact = self._score(self.layers, [Storage(Exact())] * len(self.layers), track).score
 
     @property
     def frequencies(self) -> np.ndarray | None:
         """Rotary frequencies of keys that can be cached before the rotation; None if they cannot."""
-        config = nnx.merge(*self.layers[0]).attention.config
-        if not hasattr(config, "rope_on_read"):
-            return None
-        return frequencies(config.rope_theta, config.head_dim, config.rope_scaling)
+        return key_frequencies(self.graphdef, self.params)
 
     def compare(
         self, storages: Sequence[Storage], keys_before_rope: bool = False, track: Callable[[list], Iterable] = iter
@@ -113,16 +111,16 @@ class Comparer:
         `keys_before_rope` stores keys unrotated and rotates them on read; ValueError if attention cannot.
         `track` may wrap the list of batches to show progress.
         """
-        layers = [rope_on_read(layer) for layer in self.layers] if keys_before_rope else None
-        return self._score(storages, track, layers)
+        layers = layers_of(*rope_on_read(self.graphdef, self.params)) if keys_before_rope else self.layers
+        return self._score(layers, storages, track)
 
-    def _score(self, storages, track, layers):
+    def _score(self, layers, storages, track):
         first = not self._hidden
         sums = np.zeros((3, len(self._corpus.num_bytes)))
         tokens = np.zeros(len(self._corpus.num_bytes), np.int64)
         for number, batch in enumerate(track(self._batches)):
             x_BTD = jnp.take(self._embedding_VD, batch["tokens_BT"], axis=0)
-            for (graphdef, params), storage in zip(layers or self.layers, storages, strict=True):
+            for (graphdef, params), storage in zip(layers, storages, strict=True):
                 x_BTD = through_layer(graphdef, params, storage, x_BTD)
             x_BTD = _norm(self._norm[0], self._norm[1], x_BTD)
             if first:
@@ -138,6 +136,11 @@ class Comparer:
         return Comparison(score, score if first else self.exact, kl, agreeing)
 
 
+def layers_of(graphdef: nnx.GraphDef, params: Any) -> list[tuple[nnx.GraphDef, Any]]:
+    """Every layer, split."""
+    return [nnx.split(block) for block in nnx.merge(graphdef, params).layers]
+
+
 def entries(graphdef: nnx.GraphDef, params: Any, batch: int, slots: int) -> list[Entry]:
     """Shapes of what so many tokens leave in each layer."""
     model = nnx.merge(graphdef, params)
@@ -147,14 +150,12 @@ def entries(graphdef: nnx.GraphDef, params: Any, batch: int, slots: int) -> list
     return [project(block) for block in model.layers]
 
 
-def rope_on_read(layer: tuple[nnx.GraphDef, Any]) -> tuple[nnx.GraphDef, Any]:
-    """A layer that caches keys before the rotation; ValueError if its attention has no such form."""
-    block = nnx.merge(*layer)
-    config = block.attention.config
+def key_frequencies(graphdef: nnx.GraphDef, params: Any) -> np.ndarray | None:
+    """Rotary frequencies of keys that can be cached before the rotation; None if they cannot."""
+    config = nnx.merge(graphdef, params).attention
     if not hasattr(config, "rope_on_read"):
-        raise ValueError(f"keys='before_rope' needs grouped attention, not {type(config).__name__}'s latents")
-    block.attention.config = dataclasses.replace(config, rope_on_read=True)
-    return nnx.split(block)
+        return None
+    return frequencies(config.rope_theta, config.head_dim, config.rope_scaling)
 
 
 def bytes_of(entries: Sequence[Entry], storages: Sequence[Storage], context: int) -> dict[str, float]:

@@ -224,3 +224,14 @@ def fused(graphdef: nnx.GraphDef[Decoder], params: Any, turn: bool) -> tuple[nnx
         if turn and not hasattr(block.mlp, "gate_up_ED"):
             block.mlp.turn()
     return nnx.split(model)
+
+
+def rope_on_read(graphdef: nnx.GraphDef[Decoder], params: Any) -> tuple[nnx.GraphDef[Decoder], Any]:
+    """The same model, but keys are cached before the rotation; ValueError if its attention has no such form."""
+    model = nnx.merge(graphdef, params)
+    if not hasattr(model.attention, "rope_on_read"):
+        kind = type(model.attention).__name__
+        raise ValueError(f"keys before the rotation need grouped attention, not {kind}, which caches latents")
+    for block in model.layers:
+        block.attention.config = dataclasses.replace(block.attention.config, rope_on_read=True)
+    return nnx.split(model)

@@ -1,7 +1,7 @@
 """One layer's view of the cache while a forward pass writes and reads it.
 
-B batch, T tokens written, S slots, C slots of a part. What is read comes from one or two sources: the
-encoded slots, and the tokens that are kept exact (the first ones, the newest ones).
+B batch, T tokens written, S slots, C slots of a part. What is read comes from up to three
+sources: the encoded slots, and the tokens that are kept exact, the first ones and the newest ones.
 """
 
 import dataclasses
@@ -167,7 +167,7 @@ class LayerCache:
             last = self.place - (0 if self._one else 1)
             slots_S = last - (last - jnp.arange(num_slots)) % num_slots
             if not self._one:
-                arrays = {n: jnp.concatenate([arrays[n], x], axis=-2) for n, x in entry.items()}
+                arrays = {name: jnp.concatenate([arrays[name], x], axis=-2) for name, x in entry.items()}
                 slots_S = jnp.concatenate([slots_S, self.place + jnp.arange(T)])
             positions_BS = jnp.where((slots_S >= 0)[None], jnp.take(self.positions_BS, slots_S, axis=1), -1)
             hidden_BTS = jnp.broadcast_to((slots_S[None] < self._boundary()[:, None])[None], (B, T, len(slots_S)))

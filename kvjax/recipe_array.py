@@ -38,7 +38,7 @@ class PlannedArray:
     layer: int
     name: str
     steps: Chain
-    shape: jax.ShapeDtypeStruct
+    shape: jax.Array | jax.ShapeDtypeStruct
     encodes_first: bool
     """Whether encoded forms of first tokens are read: the cache keeps none exact."""
     stats: ArrayStatistics | None

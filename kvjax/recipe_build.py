@@ -19,8 +19,8 @@ from kvjax.recipe_steps import amount
 from kvjax.recipes import Chain, Recipe, needs_statistics
 from kvjax.slots import nbytes
 
-Entries = Sequence[Mapping[str, jax.ShapeDtypeStruct]]
-"""Of every layer, the arrays that its cache holds, `[B, K, T, F]` or `[B, T, F]`, by name."""
+Entries = Sequence[Mapping[str, jax.Array | jax.ShapeDtypeStruct]]
+"""Of every layer, the arrays that its cache holds, or their shapes, `[B, K, T, F]` or `[B, T, F]`, by name."""
 Weights = Mapping[tuple[int, str], float]
 """By layer and array."""
 

@@ -20,9 +20,9 @@ from kvjax.codecs import Exact, Storage
 from kvjax.codecs.chain import chain
 from kvjax.codecs.integers import Int, IntPerChannel
 from kvjax.codecs.rotations import haar
-from kvjax.compress import Comparer, Comparison, bytes_of, on_front, rope_on_read
+from kvjax.compress import Comparer, Comparison, bytes_of, on_front
 from kvjax.data import Corpus
-from kvjax.decoder import Decoder, DecoderConfig
+from kvjax.decoder import Decoder, DecoderConfig, rope_on_read
 from kvjax.evaluate import Score, evaluate, make_scorer
 
 VOCAB, END, CONTEXT, BATCH = 29, 28, 16, 4
@@ -141,9 +141,8 @@ def test_keys_before_the_rotation_score_alike(comparer_of):
 
 
 def test_only_grouped_attention_has_keys_before_the_rotation(model_of):
-    model = nnx.merge(*model_of("mla"))
-    with pytest.raises(ValueError, match="keys='before_rope' needs grouped attention, not Latent's latents"):
-        rope_on_read(nnx.split(model.layers[0]))
+    with pytest.raises(ValueError, match="keys before the rotation need grouped attention, not Latent"):
+        rope_on_read(*model_of("mla"))
 
 
 def test_the_interval_of_a_hand_solved_case():

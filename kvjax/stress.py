@@ -1,0 +1,206 @@
+"""Weights changed such that a trained model's cache has what breaks codecs in large models: outlier channels, key
+biases, sink tokens. What the model computes stays, up to what each function says; measure it before and after.
+
+D width, E = 2 mlp_width, F mlp width, V vocabulary, N query heads, K kv heads, H head dim, J = H / 2 rotary pairs
+(j, j + J), the last of which turns slowest.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kvjax.attention.base import AttentionConfig
+from kvjax.attention.grouped import Grouped
+from kvjax.checks import at_least, between, positive
+from kvjax.codecs.fit import causal_distances, rope_averaged
+from kvjax.codecs.statistics import Statistics
+from kvjax.decoder import Decoder, decodable
+from kvjax.rope import frequencies
+
+MARK = 0.1
+"""What a sink's embedding has in its own channel, in norms of that embedding: the norms hardly notice it."""
+
+
+def outlier_channels(
+    graphdef: nnx.GraphDef[Decoder], params: Any, factor: float = 32.0, pair: int | None = None, channel: int = 0
+) -> tuple[nnx.GraphDef[Decoder], Any]:
+    """Every kv head's rotary pair `pair` (None: the slowest) of keys and `channel` of values times `factor`.
+
+    What reads them is divided by it: the function is the same, up to rounding if `factor` is no power of two.
+    ValueError for other attention than grouped, or for no such pair or channel.
+    """
+    positive("factor", factor)
+    model = _unrolled(graphdef, params)
+    H, J = model.attention.head_dim, model.attention.head_dim // 2
+    pair = J - 1 if pair is None else pair
+    between("pair", pair, 0, J)
+    between("channel", channel, 0, H)
+    key, value = np.array([pair, pair + J]), np.array([channel])
+    for attention in (block.attention for block in model.layers):
+        if attention.config.qk_norm:
+            _scale(attention.k_norm, ("gain_H",), key, factor)
+            _scale(attention.q_norm, ("gain_H",), key, 1 / factor)
+        else:
+            _scale(attention, ("k_DKH", "k_bias_KH"), key, factor)
+            _scale(attention, ("q_DNH", "q_bias_NH"), key, 1 / factor)
+        _scale(attention, ("v_DKH", "v_bias_KH"), value, factor)
+        attention.o_NHD = nnx.Param(attention.o_NHD[...].at[:, value].multiply(1 / factor))
+    return nnx.split(model)
+
+
+def key_bias(
+    graphdef: nnx.GraphDef[Decoder], params: Any, statistics: Statistics, size: float = 64.0, pairs: int = 1
+) -> tuple[nnx.GraphDef[Decoder], Any]:
+    """Adds to every kv head's keys, before the rotation, a bias as Qwen2's, in the `pairs` slowest rotary pairs.
+
+    Its norm is `size` times the root mean square of an element of the head's keys. It moves a query's scores
+    alike, which no softmax sees, but for how far the pairs turn within a context: its direction is that of the
+    least variance of scores over the distances of `statistics.context`, in the mean over queries.
+    ValueError for other attention than grouped, for `qk_norm`, and for statistics of other layers.
+    """
+    at_least("size", size, 0.0)
+    model = _unrolled(graphdef, params)
+    config = _without_norm(model.attention, "a bias")
+    N, K, H, J = config.num_heads, config.num_kv_heads, config.head_dim, config.head_dim // 2
+    between("pairs", pairs, 1, J + 1)
+    slow = np.concatenate([np.arange(J - pairs, J), np.arange(H - pairs, H)])
+    turns = frequencies(config.rope_theta, H, config.rope_scaling)
+    biased = dataclasses.replace(config, qkv_bias=True)
+    model.attention = biased
+    for block, keys in zip(model.layers, _arrays(statistics, "k_before_rope", model)):
+        attention = block.attention
+        spread_KHH = score_variance(keys.queries, turns, causal_distances(statistics.context))
+        directions = np.linalg.eigh(spread_KHH[:, slow[:, None], slow])[1][..., 0]
+        rms_K = np.sqrt(np.trace(keys.rest.second, axis1=-2, axis2=-1) / H)
+        bias_KH = np.zeros((K, H))
+        bias_KH[:, slow] = size * rms_K[:, None] * directions
+        dtype = attention.k_DKH[...].dtype
+        if not attention.config.qkv_bias:
+            attention.config = biased
+            attention.q_bias_NH = nnx.Param(jnp.zeros((N, H), dtype))
+            attention.k_bias_KH = nnx.Param(jnp.zeros((K, H), dtype))
+            attention.v_bias_KH = nnx.Param(jnp.zeros((K, H), dtype))
+        attention.k_bias_KH = nnx.Param(attention.k_bias_KH[...] + jnp.asarray(bias_KH, dtype))
+    return nnx.split(model)
+
+
+def score_variance(second_q: np.ndarray, turns: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """M `[..., H, H]` such that b M b^T is the variance over distances of scores against a constant key b.
+
+    In the mean over queries of second moment `second_q`, unrotated; arguments are those of `rope_averaged`.
+    """
+    phases = np.exp(1j * np.outer(np.arange(len(weights)), turns.astype(np.float64)))
+    mean = weights @ phases
+    cos, sin = np.diag(mean.real), np.diag(mean.imag)
+    turn = np.block([[cos, -sin], [sin, cos]])
+    return rope_averaged(second_q, turns, weights) - turn @ second_q @ turn.T
+
+
+def sink_token(
+    graphdef: nnx.GraphDef[Decoder], params: Any, statistics: Statistics, token: int, size: float = 32.0
+) -> tuple[nnx.GraphDef[Decoder], Any]:
+    """Makes the key of `token` at position 0 an outlier: `size` times the root mean square norm of keys, as in
+    `statistics`; where the token stands elsewhere, its keys are outliers of about that size.
+
+    Two things are given up for it, and nothing else changes: the residual stream's least used channel becomes
+    the token's mark, 0 for all other tokens, whose keys stay as they are; and no query reads the slowest rotary
+    pair any more, where the outlier lies.
+    ValueError for other attention than grouped, for `qk_norm`, and for statistics of other layers.
+    """
+    at_least("size", size, 1.0)
+    model = _unrolled(graphdef, params)
+    config = _without_norm(model.attention, "an outlier")
+    between("token", token, 0, model.vocab_size)
+    K, H, J = config.num_kv_heads, config.head_dim, config.head_dim // 2
+    keys = _arrays(statistics, "k", model)
+    c, pair = _least_used(model), np.array([J - 1, H - 1])
+    embedding_VD = model.embedding_VD[...].at[:, c].set(0)
+    mark = MARK * jnp.linalg.norm(embedding_VD[token].astype(jnp.float32))
+    model.embedding_VD = nnx.Param(embedding_VD.at[token, c].set(mark.astype(embedding_VD.dtype)))
+    model.norm.gain_H = nnx.Param(model.norm.gain_H[...].at[c].set(0))
+    for block in model.layers:
+        attention, mlp = block.attention, block.mlp
+        for module, names in ((attention, ("q_DNH", "k_DKH", "v_DKH")), (mlp, ("gate_up_DE",))):
+            for name in names:
+                setattr(module, name, nnx.Param(getattr(module, name)[...].at[c].set(0)))
+        for module, names in ((attention, ("o_NHD", "o_bias_D")), (mlp, ("down_FD",))):
+            _scale(module, names, np.array([c]), 0.0)
+        _scale(attention, ("q_DNH", "q_bias_NH"), pair, 0.0)
+        block.attention_norm.gain_H = nnx.Param(block.attention_norm.gain_H[...].at[c].set(1))
+    found = jax.device_get(_alone(*nnx.split(model), token))
+    for block, array, (mark, key_KH) in zip(model.layers, keys, found):
+        norm_K = size * np.sqrt(np.trace(array.rest.second, axis1=-2, axis2=-1))
+        key_KH = key_KH.astype(np.float64)
+        others_K = (key_KH**2).sum(-1) - key_KH[:, J - 1] ** 2
+        if not (norm_K**2 > others_K).all():
+            least = size * float(np.sqrt(others_K / norm_K**2).max())
+            raise ValueError(f"size={size} must be above {least:.3g}: this token's keys are as large already")
+        row_K = (np.sqrt(norm_K**2 - others_K) - key_KH[:, J - 1]) / float(mark)
+        k_DKH = block.attention.k_DKH[...]
+        block.attention.k_DKH = nnx.Param(k_DKH.at[c, :, J - 1].set(jnp.asarray(row_K, k_DKH.dtype)))
+    return nnx.split(model)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _alone(graphdef, params, token):
+    """Of every layer, for a text of one token: its mark as attention reads it, and its keys `KH`."""
+    model = nnx.merge(graphdef, params)
+    c = jnp.argmax(jnp.abs(model.embedding_VD[...][token]))
+    x_BTD, positions_BT = model.embedding_VD[...][token][None, None], jnp.zeros((1, 1), jnp.int32)
+    found = []
+    for block in model.layers:
+        normed_BTD = block.attention_norm(x_BTD)
+        found.append((normed_BTD[0, 0, c], block.attention.project(normed_BTD, positions_BT)[1]["k"][0, :, 0]))
+        x_BTD, _ = block(x_BTD, positions_BT)
+    return found
+
+
+def _least_used(model: Decoder) -> int:
+    """The channel of the residual stream with the least product of what is written to it and read from it."""
+    energy = lambda weight, axes: (np.asarray(weight[...], np.float64) ** 2).sum(axes)
+    written_D = energy(model.embedding_VD, 0) / model.vocab_size
+    read_D = np.zeros_like(written_D)
+    for block in model.layers:
+        attention, mlp = block.attention, block.mlp
+        written_D += energy(attention.o_NHD, (0, 1)) + energy(mlp.down_FD, 0)
+        weights = (attention.q_DNH, attention.k_DKH, attention.v_DKH)
+        read_D += energy(block.attention_norm.gain_H, ()) * sum(energy(weight, (1, 2)) for weight in weights)
+        read_D += energy(block.mlp_norm.gain_H, ()) * energy(mlp.gate_up_DE, 1)
+    return int((written_D * read_D).argmin())
+
+
+def _scale(module: Any, names: tuple[str, ...], channels: np.ndarray, factor: float) -> None:
+    """Multiplies the last axis's channels of those parameters that the module has."""
+    for name in (name for name in names if hasattr(module, name)):
+        setattr(module, name, nnx.Param(getattr(module, name)[...].at[..., channels].multiply(factor)))
+
+
+def _unrolled(graphdef, params) -> Decoder:
+    """A model of its own: parameters are replaced, never written to."""
+    model = nnx.merge(*decodable(graphdef, params))
+    if not isinstance(model.attention, Grouped):
+        raise ValueError(f"attention={type(model.attention).__name__} must be Grouped: others cache latents")
+    return model
+
+
+def _without_norm(config: AttentionConfig, what: str) -> Grouped:
+    assert isinstance(config, Grouped)
+    if config.qk_norm:
+        raise ValueError(f"attention.qk_norm=True must be False: it scales keys with {what} down to the usual size")
+    return config
+
+
+def _arrays(statistics: Statistics, name: str, model: Decoder):
+    """One array's statistics in every layer."""
+    shape = (model.attention.num_kv_heads, model.attention.head_dim)
+    arrays = [layer.get(name) for layer in statistics.layers]
+    if len(arrays) != len(model.layers) or any(a is None or a.rest.total.shape != shape for a in arrays):
+        raise ValueError(
+            f"statistics must have {name!r} of {len(model.layers)} layers, {shape[0]} heads of {shape[1]} each"
+        )
+    return arrays
