@@ -1,22 +1,26 @@
 """Timing of decoding: one token a row and step, from a cache that holds a given number of tokens.
 
-B batch, T tokens.
+B batch, T tokens, V vocabulary.
 """
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kvjax import generate
 from kvjax.accounting import median_seconds
+from kvjax.cache import Cache
 from kvjax.codecs.base import Codecs, slot_multiple
 from kvjax.config import Config
 from kvjax.dry_run import vocabulary
-from kvjax.generate import ROUND_SLOTS, Session, padded, whole
+from kvjax.generate import PIECE, ROUND_SLOTS, Session, padded, whole
 from kvjax.sampling import GREEDY
 from kvjax.slots import nbytes
 from kvjax.train import cast, compute_dtype
@@ -34,6 +38,11 @@ class Case:
     tokens: int = 32
     """Tokens a row and round."""
 
+    def slots(self, codec: Codecs | None) -> int:
+        """Of a cache for all this, in whole units of what the codec packs together."""
+        slots = padded(self.filled) + self.tokens
+        return slots + -slots % slot_unit(codec)
+
 
 class DecodeWorkload:
     """Greedy generation by random weights from a filled cache; every round starts from the same one."""
@@ -47,9 +56,7 @@ class DecodeWorkload:
                 block.attention.expand_from = 1
         graphdef, params = nnx.split(model)
         params = cast(params, compute_dtype(config.train.dtype))
-        slots = padded(case.filled) + case.tokens
-        slots += -slots % math.lcm(ROUND_SLOTS, slot_multiple(codec))
-        self._session = Session(graphdef, params, case.batch, slots, codec)
+        self._session = Session(graphdef, params, case.batch, case.slots(codec), codec)
         started = time.perf_counter()
         self._session.feed(random_prompts(case, vocabulary(config.data)))
         self._state = jax.block_until_ready(self._session.state)
@@ -73,6 +80,12 @@ class DecodeWorkload:
         jax.block_until_ready(self._session.state)
         return (time.perf_counter() - started) / self.case.tokens
 
+    def temporary_bytes(self) -> int:
+        """What the compiled loop of a round holds besides its arguments."""
+        session = self._session
+        program = loop_program(session.graphdef, session.params, session.cache, self.case.tokens)
+        return program.memory_analysis().temp_size_in_bytes
+
     def prefill_seconds(self) -> float:
         """Time of reading the prompts into an empty cache."""
         session = self._session
@@ -94,6 +107,32 @@ class DecodeWorkload:
         arguments = session.params, tokens_1T, self.case.filled - 1, key, 0, numbers
         whole(session.graphdef, GREEDY.form, *arguments).block_until_ready()
         return time.perf_counter() - started
+
+
+def slot_unit(codec: Codecs | None) -> int:
+    """What generation rounds a cache's slots up to a multiple of."""
+    return math.lcm(ROUND_SLOTS, slot_multiple(codec))
+
+
+def loop_program(
+    graphdef: nnx.GraphDef,
+    params: Any,
+    cache: Cache,
+    tokens: int = PIECE,
+    place: Callable[[Any], Any] = lambda arguments: arguments,
+) -> jax.stages.Compiled:
+    """What `Session.generate` runs, greedy, compiled for these arrays or their shapes.
+
+    The model is one that `fused` gives; `place` may put the arguments on a device that is not here.
+    """
+    B, V = cache.positions_BS.shape[0], nnx.merge(graphdef, params).vocab_size
+    shape = jax.ShapeDtypeStruct
+    state = cache, shape((B, V), jnp.float32), shape((B,), jnp.int32), shape((B,), bool)
+    keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
+    numbers, stop_E = GREEDY.numbers(V), shape((PIECE,), jnp.int32)
+    arguments = params, state, keys_B, 0, tokens, numbers, stop_E
+    room = max(PIECE, 1 << (tokens - 1).bit_length())
+    return generate._decode.lower(graphdef, room, GREEDY.form, False, *place(arguments)).compile()
 
 
 def random_prompts(case: Case, vocab_size: int) -> np.ndarray:

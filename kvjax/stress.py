@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kvjax.attention.base import AttentionConfig
 from kvjax.attention.grouped import Grouped
 from kvjax.checks import at_least, between, positive
 from kvjax.codecs.fit import causal_distances, rope_averaged
-from kvjax.codecs.statistics import Statistics
+from kvjax.codecs.statistics import ArrayStatistics, Statistics
 from kvjax.decoder import Decoder, decodable
 from kvjax.rope import frequencies
 
@@ -35,21 +34,21 @@ def outlier_channels(
     ValueError for other attention than grouped, or for no such pair or channel.
     """
     positive("factor", factor)
-    model = _unrolled(graphdef, params)
-    H, J = model.attention.head_dim, model.attention.head_dim // 2
+    model, config = _grouped(graphdef, params)
+    H, J = config.head_dim, config.head_dim // 2
     pair = J - 1 if pair is None else pair
     between("pair", pair, 0, J)
     between("channel", channel, 0, H)
-    key, value = np.array([pair, pair + J]), np.array([channel])
+    key, value = np.s_[..., np.array([pair, pair + J])], np.s_[..., channel]
     for attention in (block.attention for block in model.layers):
-        if attention.config.qk_norm:
+        if config.qk_norm:
             _scale(attention.k_norm, ("gain_H",), key, factor)
             _scale(attention.q_norm, ("gain_H",), key, 1 / factor)
         else:
             _scale(attention, ("k_DKH", "k_bias_KH"), key, factor)
             _scale(attention, ("q_DNH", "q_bias_NH"), key, 1 / factor)
         _scale(attention, ("v_DKH", "v_bias_KH"), value, factor)
-        attention.o_NHD = nnx.Param(attention.o_NHD[...].at[:, value].multiply(1 / factor))
+        _scale(attention, ("o_NHD",), np.s_[:, channel], 1 / factor)
     return nnx.split(model)
 
 
@@ -64,15 +63,14 @@ def key_bias(
     ValueError for other attention than grouped, for `qk_norm`, and for statistics of other layers.
     """
     at_least("size", size, 0.0)
-    model = _unrolled(graphdef, params)
-    config = _without_norm(model.attention, "a bias")
+    model, config = _grouped(graphdef, params, norm="rescales keys, whatever their bias")
     N, K, H, J = config.num_heads, config.num_kv_heads, config.head_dim, config.head_dim // 2
     between("pairs", pairs, 1, J + 1)
     slow = np.concatenate([np.arange(J - pairs, J), np.arange(H - pairs, H)])
     turns = frequencies(config.rope_theta, H, config.rope_scaling)
     biased = dataclasses.replace(config, qkv_bias=True)
     model.attention = biased
-    for block, keys in zip(model.layers, _arrays(statistics, "k_before_rope", model)):
+    for block, keys in zip(model.layers, _keys(statistics, model, config)):
         attention = block.attention
         spread_KHH = score_variance(keys.queries, turns, causal_distances(statistics.context))
         directions = np.linalg.eigh(spread_KHH[:, slow[:, None], slow])[1][..., 0]
@@ -113,49 +111,47 @@ def sink_token(
     ValueError for other attention than grouped, for `qk_norm`, and for statistics of other layers.
     """
     at_least("size", size, 1.0)
-    model = _unrolled(graphdef, params)
-    config = _without_norm(model.attention, "an outlier")
+    model, config = _grouped(graphdef, params, norm="gives all keys about the same norm")
     between("token", token, 0, model.vocab_size)
-    K, H, J = config.num_kv_heads, config.head_dim, config.head_dim // 2
-    keys = _arrays(statistics, "k", model)
+    H, J = config.head_dim, config.head_dim // 2
+    keys = _keys(statistics, model, config)
     c, pair = _least_used(model), np.array([J - 1, H - 1])
-    embedding_VD = model.embedding_VD[...].at[:, c].set(0)
-    mark = MARK * jnp.linalg.norm(embedding_VD[token].astype(jnp.float32))
-    model.embedding_VD = nnx.Param(embedding_VD.at[token, c].set(mark.astype(embedding_VD.dtype)))
-    model.norm.gain_H = nnx.Param(model.norm.gain_H[...].at[c].set(0))
+    _scale(model, ("embedding_VD",), np.s_[:, c], 0.0)
+    _scale(model.norm, ("gain_H",), c, 0.0)
     for block in model.layers:
-        attention, mlp = block.attention, block.mlp
-        for module, names in ((attention, ("q_DNH", "k_DKH", "v_DKH")), (mlp, ("gate_up_DE",))):
-            for name in names:
-                setattr(module, name, nnx.Param(getattr(module, name)[...].at[c].set(0)))
-        for module, names in ((attention, ("o_NHD", "o_bias_D")), (mlp, ("down_FD",))):
-            _scale(module, names, np.array([c]), 0.0)
-        _scale(attention, ("q_DNH", "q_bias_NH"), pair, 0.0)
+        _scale(block.attention, ("q_DNH", "k_DKH", "v_DKH", "o_bias_D"), c, 0.0)
+        _scale(block.attention, ("o_NHD",), np.s_[..., c], 0.0)
+        _scale(block.attention, ("q_DNH", "q_bias_NH"), np.s_[..., pair], 0.0)
+        _scale(block.mlp, ("gate_up_DE",), c, 0.0)
+        _scale(block.mlp, ("down_FD",), np.s_[:, c], 0.0)
         block.attention_norm.gain_H = nnx.Param(block.attention_norm.gain_H[...].at[c].set(1))
-    found = jax.device_get(_alone(*nnx.split(model), token))
-    for block, array, (mark, key_KH) in zip(model.layers, keys, found):
+    embedding_VD = model.embedding_VD[...]
+    mark = MARK * np.linalg.norm(np.asarray(embedding_VD[token], np.float64))
+    model.embedding_VD = nnx.Param(embedding_VD.at[token, c].set(float(mark)))
+    found = jax.device_get(_alone(*nnx.split(model), token, c))
+    for block, array, (seen, key_KH) in zip(model.layers, keys, found):
         norm_K = size * np.sqrt(np.trace(array.rest.second, axis1=-2, axis2=-1))
         key_KH = key_KH.astype(np.float64)
         others_K = (key_KH**2).sum(-1) - key_KH[:, J - 1] ** 2
         if not (norm_K**2 > others_K).all():
             least = size * float(np.sqrt(others_K / norm_K**2).max())
             raise ValueError(f"size={size} must be above {least:.3g}: this token's keys are as large already")
-        row_K = (np.sqrt(norm_K**2 - others_K) - key_KH[:, J - 1]) / float(mark)
+        row_K = (np.sqrt(norm_K**2 - others_K) - key_KH[:, J - 1]) / float(seen)
         k_DKH = block.attention.k_DKH[...]
         block.attention.k_DKH = nnx.Param(k_DKH.at[c, :, J - 1].set(jnp.asarray(row_K, k_DKH.dtype)))
     return nnx.split(model)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _alone(graphdef, params, token):
-    """Of every layer, for a text of one token: its mark as attention reads it, and its keys `KH`."""
+def _alone(graphdef, params, token, c):
+    """Of every layer, for a text of one token: channel `c` as attention reads it, and the keys `KH`."""
     model = nnx.merge(graphdef, params)
-    c = jnp.argmax(jnp.abs(model.embedding_VD[...][token]))
     x_BTD, positions_BT = model.embedding_VD[...][token][None, None], jnp.zeros((1, 1), jnp.int32)
     found = []
     for block in model.layers:
         normed_BTD = block.attention_norm(x_BTD)
-        found.append((normed_BTD[0, 0, c], block.attention.project(normed_BTD, positions_BT)[1]["k"][0, :, 0]))
+        arrays, _ = block.attention.observe(normed_BTD, positions_BT)
+        found.append((normed_BTD[0, 0, c], arrays["k_before_rope"][0, :, 0]))
         x_BTD, _ = block(x_BTD, positions_BT)
     return found
 
@@ -174,33 +170,28 @@ def _least_used(model: Decoder) -> int:
     return int((written_D * read_D).argmin())
 
 
-def _scale(module: Any, names: tuple[str, ...], channels: np.ndarray, factor: float) -> None:
-    """Multiplies the last axis's channels of those parameters that the module has."""
+def _scale(module: Any, names: tuple[str, ...], index: Any, factor: float) -> None:
+    """Multiplies a part of those parameters that the module has."""
     for name in (name for name in names if hasattr(module, name)):
-        setattr(module, name, nnx.Param(getattr(module, name)[...].at[..., channels].multiply(factor)))
+        setattr(module, name, nnx.Param(getattr(module, name)[...].at[index].multiply(factor)))
 
 
-def _unrolled(graphdef, params) -> Decoder:
-    """A model of its own: parameters are replaced, never written to."""
+def _grouped(graphdef, params, norm: str | None = None) -> tuple[Decoder, Grouped]:
+    """A model whose parameters are to be replaced, as they are shared with `params`; `norm`: why not `qk_norm`."""
     model = nnx.merge(*decodable(graphdef, params))
-    if not isinstance(model.attention, Grouped):
-        raise ValueError(f"attention={type(model.attention).__name__} must be Grouped: others cache latents")
-    return model
+    config = model.attention
+    if not isinstance(config, Grouped):
+        raise ValueError(f"attention={type(config).__name__} must be Grouped, which caches keys and values")
+    if config.qk_norm and norm is not None:
+        raise ValueError(f"attention.qk_norm=True must be False: it {norm}")
+    return model, config
 
 
-def _without_norm(config: AttentionConfig, what: str) -> Grouped:
-    assert isinstance(config, Grouped)
-    if config.qk_norm:
-        raise ValueError(f"attention.qk_norm=True must be False: it scales keys with {what} down to the usual size")
-    return config
-
-
-def _arrays(statistics: Statistics, name: str, model: Decoder):
-    """One array's statistics in every layer."""
-    shape = (model.attention.num_kv_heads, model.attention.head_dim)
-    arrays = [layer.get(name) for layer in statistics.layers]
-    if len(arrays) != len(model.layers) or any(a is None or a.rest.total.shape != shape for a in arrays):
-        raise ValueError(
-            f"statistics must have {name!r} of {len(model.layers)} layers, {shape[0]} heads of {shape[1]} each"
-        )
+def _keys(statistics: Statistics, model: Decoder, config: Grouped) -> list[ArrayStatistics]:
+    """Those of every layer's keys before the rotation."""
+    expected = [(config.num_kv_heads, config.head_dim)] * len(model.layers)
+    arrays = [layer["k_before_rope"] for layer in statistics.layers if "k_before_rope" in layer]
+    shapes = [array.rest.total.shape for array in arrays]
+    if shapes != expected:
+        raise ValueError(f"statistics of keys before RoPE, {shapes}, must be of every layer's, {expected}")
     return arrays
