@@ -3,14 +3,15 @@
 Every document is scored through a cache that stores it so, written and read back; what each token reads is
 what decoding token by token reads. A row a codec goes to the result store, and a row that is there is not
 computed again: perplexity against the exact cache with a paired 95 % interval over documents, KL divergence,
-top-1 agreement, and bytes a token, from the stored arrays. `kvjax.recipes` has the codecs' grammar.
+top-1 agreement, bytes a token from the stored arrays, and the time of a decoding step's layers. The codecs'
+grammar stands in `kvjax.recipes`; `mix:int8|nvfp4|int4@30%` gives each array of each layer one of several, by
+what each costs on training text, within a budget.
 """
 
 import argparse
 import hashlib
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from experiments import cli
 from kvjax import host, results
 from kvjax.progress import track
 
-LINE = "{:34} {:>9} {:>6} {:>11} {:>22} {:>9} {:>7}"
+LINE = "{:34} {:>9} {:>6} {:>11} {:>28} {:>9} {:>7}"
 HEADS = ("codec", "B/token", "ratio", "perplexity", "against exact (95 %)", "KL nats", "top-1")
+TRAINING_WINDOWS = 8  # of which sensitivities are measured
 
 
 def run(argv: Sequence[str]) -> int:
@@ -28,11 +30,11 @@ def run(argv: Sequence[str]) -> int:
     host.prepare(1)
     import jax
 
+    from kvjax.codec_rows import Bench, Plan
     from kvjax.compress import Comparer
     from kvjax.data.batches import first_of_each
-    from kvjax.recipes import parse
 
-    recipes = [parse(text) for text in dict.fromkeys(options.codec)]
+    plans = [Plan.of(text) for text in dict.fromkeys(options.codec)]
     model = cli.open_model(options)
     context, batch_size = cli.context(options, model), cli.batch_size(options)
     data, corpus = cli.text(options, model, "validation")
@@ -46,20 +48,20 @@ def run(argv: Sequence[str]) -> int:
         about["sha256"] = results.read_json(directory / "statistics.json")["sha256"]
         header |= {"calibration": about}
     store = options.store or cli.own_folder(options, "codecs")
-    rows, comparer = [], None
-    for number, recipe in enumerate(recipes, 1):
-        identity = header | {"codec": recipe.text}
+    bar = lambda what: lambda steps: track(what, steps)
+    rows, bench = [], None
+    for number, plan in enumerate(plans, 1):
+        identity = header | {"codec": plan.text}
         place = store / _name(identity)
         if (place / "result.json").exists():
             rows.append(results.read_json(place / "result.json"))
             continue
         with results.RunLock(place):
-            if comparer is None:
-                bar = lambda batches: track("exact", batches)
-                comparer = Comparer(model.graphdef, model.params, corpus, context, batch_size, bar)
-            row = identity | _measure(
-                comparer, recipe, statistics, context, f"{number}/{len(recipes)} {recipe.text}"
-            )
+            if bench is None:
+                comparer = Comparer(model.graphdef, model.params, corpus, context, batch_size, bar("exact"))
+                training_text = _training_text(options, model, context)
+                bench = Bench(comparer, statistics, context, batch_size, training_text, bar)
+            row = identity | bench.measure(plan, f"{number}/{len(plans)} {plan.text}")
             row |= {"environment": results.environment()}
             results.write_result(place, row)
         rows.append(row)
@@ -74,31 +76,16 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _measure(comparer: Any, recipe: Any, statistics: Any, context: int, label: str) -> dict[str, Any]:
-    """A row's figures: bytes, quality, time."""
-    from kvjax.codecs.base import Exact, Storage
-    from kvjax.compress import bytes_of, layers_of
-    from kvjax.decoder import rope_on_read
-    from kvjax.layer_timing import encode_seconds, step_seconds
-    from kvjax.recipe_build import build
+def _training_text(options: argparse.Namespace, model: Any, context: int) -> Callable[[], Any]:
+    """Windows of the split that codecs may be fitted to."""
 
-    started = time.monotonic()
-    entries, layers = comparer.entries, comparer.layers
-    storages = build(recipe, entries, statistics, context=context, frequencies=comparer.frequencies)
-    fitted = time.monotonic() - started
-    before_rope = recipe.keys == "before_rope"
-    bar = lambda batches: track(label, batches)
-    row = {"cache_bytes": bytes_of(entries, storages, context)} | comparer.compare(
-        storages, before_rope, bar
-    ).row()
-    exact = [Storage(Exact())] * len(layers)
-    row["layers_seconds_per_step_exact"] = step_seconds(layers, entries, exact, context)
-    if before_rope:
-        layers = layers_of(*rope_on_read(comparer.graphdef, comparer.params))
-    row["layers_seconds_per_step"] = step_seconds(layers, entries, storages, context)
-    row["encode_seconds_per_step"] = encode_seconds(entries, storages)
-    row["rows_per_step"] = next(iter(entries[0].values())).shape[0]
-    return row | {"fit_seconds": fitted, "seconds": time.monotonic() - started}
+    def draw():
+        from kvjax.calibrate import draw_windows
+
+        own = argparse.Namespace(**{**vars(options), "data": None, "split": None})
+        return draw_windows(cli.text(own, model, "train")[1], context, TRAINING_WINDOWS * context, seed=0)
+
+    return draw
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -134,11 +121,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.parser("experiments.compress", __doc__)
     cli.add_model(parser)
     parser.add_argument(
-        "--codec", action="append", required=True, metavar="TEXT", help="a codec; any number of times"
+        "--codec", action="append", required=True, metavar="TEXT", help="a codec; as many as wanted"
     )
-    parser.add_argument(
-        "--calibration", type=Path, metavar="DIR", help="of experiments.calibrate (default: its own)"
-    )
+    cli.add_calibration(parser)
     cli.add_text(parser, "validation", ("validation", "test"))
     parser.add_argument("--tokens", type=int, metavar="N", help="score N tokens, the first of every document")
     parser.add_argument("--store", type=Path, metavar="DIR", help="of result rows (default: codecs in the run's)")

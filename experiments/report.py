@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
+from experiments.codec_tables import CODEC_TABLES
 from kvjax import results
 
 ROWS = Path("notebooks/results")
@@ -145,6 +146,8 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "decoding_growth": decoding_growth,
     "pretrained": pretrained,
     "downstream": downstream,
+    "codec_speed": codec_speed,
+    **CODEC_TABLES,
 }
 
 
@@ -159,8 +162,9 @@ def insert(text: str, name: str, content: str) -> str:
 
 
 def read_rows(name: str, root: Path = Path()) -> Rows:
-    """The committed rows of table `name`, by file."""
-    return {path.stem: results.read_json(path) for path in sorted((root / ROWS / name).glob("*.json"))}
+    """The committed rows of table `name`, by file; several tables are of the rows of `codecs`."""
+    folder = root / ROWS / ("codecs" if name in CODEC_TABLES else name)
+    return {path.stem: results.read_json(path) for path in sorted(folder.glob("*.json"))}
 
 
 def run(argv: Sequence[str]) -> int:

@@ -95,7 +95,7 @@ class Claim:
     def layer(self, index: int) -> LayerCache:
         """A layer's view."""
         memory, storage = self.cache.memory[index], self.cache.storages[index]
-        stored = {name: memory[name] for name in storage.arrays}
+        stored = {name: memory[name] for name in storage.named}
         fields = jax.tree.unflatten(jax.tree.structure(stored), self.cache.layouts[index])
         dtypes = dict(self.cache.dtypes[index])
         about = self.positions_BS, self.place, self.length, self.positions_BT
@@ -139,7 +139,7 @@ def _layer(entry, storage):
     """Zeros for all that a layer stores, and the fields of its encoded arrays."""
     shape = lambda a, time: jax.ShapeDtypeStruct((*a.shape[:-2], time, a.shape[-1]), a.dtype)
     slots, memory, fields = jax.tree.leaves(entry)[0].shape[-2], {}, {}
-    for name, codec in storage.arrays.items():
+    for name, codec in storage.named.items():
         stored = jax.eval_shape(codec.encode, shape(entry[name], slots))
         fields[name] = layout(codec, stored, slots, storage.step)
         memory[name] = jax.tree.map(lambda field, a: field.empty(a), fields[name], stored)

@@ -53,7 +53,7 @@ class Comparison:
         half = stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * ratio_se(
             self.score.nats - self.exact.nats, self.score.tokens
         )
-        return self.nats_difference - half, self.nats_difference + half
+        return self.nats_difference - float(half), self.nats_difference + float(half)
 
     def row(self) -> dict[str, Any]:
         """The figures of a result row; what is no number is null."""
@@ -95,7 +95,7 @@ class Comparer:
         self.layers = layers_of(graphdef, params)
         self._corpus, self._batches = corpus, eval_batches(corpus, context, batch_size)
         self.entries = entries(graphdef, params, batch_size, context)
-        self._hidden: list[jax.Array] = []
+        self._hidden: list[np.ndarray] = []
         self.exact = self._score(self.layers, [Storage(Exact())] * len(self.layers), track).score
 
     @property

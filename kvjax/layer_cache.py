@@ -60,7 +60,7 @@ class LayerCache:
             memory[RECENT] = {name: self._newest(name, x) for name, x in entry.items()}
         turned = {}
         for name, x in entry.items():
-            codec = self.storage.arrays[name]
+            codec = self.storage.named[name]
             if codec.group > 1:
                 x, first = self._blocks(name, x, memory[RECENT][name])
             else:
@@ -96,7 +96,7 @@ class LayerCache:
 
     def _blocks(self, name, x, ring):
         """Whole groups that these tokens lie in, the tokens before them from the ring; and their first slot."""
-        field, group, T = Field(x.shape[:-2]), self.storage.arrays[name].group, x.shape[-2]
+        field, group, T = Field(x.shape[:-2]), self.storage.named[name].group, x.shape[-2]
         first = self.place // group * group
         before = ring if T == 1 else self.memory[RECENT][name]
         take = lambda a: lax.dynamic_slice_in_dim(a, first % a.shape[-2], group, a.ndim - 2)
@@ -114,8 +114,8 @@ class LayerCache:
 
     def sources(self, inside: frozenset[str] = frozenset()) -> list[Source]:
         """What the queries of the tokens just written read; arrays in `inside` as their linear map left them."""
-        codecs = self.storage.arrays
-        maps = {name: codecs[name].linear for name in inside if codecs[name].linear is not None}
+        codecs = self.storage.named
+        maps = {name: linear for name in inside if (linear := codecs[name].linear) is not None}
         inner = {name: codec.inner if name in maps else codec for name, codec in codecs.items()}
         stored, fields = {name: self.memory[name] for name in codecs}, self.fields
         if self.turned is not None:

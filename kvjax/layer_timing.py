@@ -87,7 +87,7 @@ def _step(graphdef, params, cache, x_B1D, last):
 
 @jax.jit
 def _encode(storage, entry):
-    return {name: storage.arrays[name].encode(x) for name, x in entry.items()}
+    return {name: storage.named[name].encode(x) for name, x in entry.items()}
 
 
 def _form(storage):

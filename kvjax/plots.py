@@ -46,6 +46,64 @@ def pareto(rows: Sequence[dict[str, Any]], title: str) -> Any:
     return figure
 
 
+KINDS = {
+    "quantized": ("o", "black", "black"),
+    "truncated": ("^", "0.45", "white"),
+    "truncated, first token exact": ("v", "0.45", "0.45"),
+    "truncated and quantized": ("s", "0.45", "white"),
+}
+"""Marker, edge and face of what a codec does."""
+LINES = ["-o", "--s", "-.^", ":D", "-v", "--P"]
+
+
+def codecs(model: Sequence[dict[str, Any]], variants: dict[str, Sequence[dict[str, Any]]], title: str) -> Any:
+    """What codecs cost one model, by kind; and trained variants under the same formats, in one plot."""
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
+    for kind, (marker, edge, face) in KINDS.items():
+        rows = [row for row in model if _kind(row["codec"]) == kind and row["perplexity_percent"] > FLOOR]
+        size = [row["cache_bytes"]["per_token"] for row in rows]
+        loss = [row["perplexity_percent"] for row in rows]
+        spread = [[0.0] * len(rows), [0.0] * len(rows)]
+        for i, row in enumerate(rows):
+            low, high = row["perplexity_percent_low"], row["perplexity_percent_high"]
+            spread[0][i], spread[1][i] = loss[i] - max(low, FLOOR / 2), high - loss[i]
+        style = {"fmt": marker, "color": edge, "mfc": face, "capsize": 2, "lw": 0.7}
+        left.errorbar(size, loss, spread, label=kind, **style)
+    shown = {row["codec"]: row for row in model}
+    for codec in [codec for codec in LABELLED if codec in shown and shown[codec]["perplexity_percent"] > FLOOR]:
+        row = shown[codec]
+        place = row["cache_bytes"]["per_token"], row["perplexity_percent"]
+        left.annotate(codec, place, fontsize=6.5, xytext=(5, -3), textcoords="offset points")
+    left.set(title=title, xlabel="bytes a cached token, all layers", yscale="log")
+    left.set_ylabel("perplexity above the exact cache's (%)")
+    for line, (name, rows) in zip(LINES, variants.items()):
+        found = {row["codec"]: row for row in rows}
+        points = [found[codec] for codec in FORMATS if codec in found]
+        size = [row["cache_bytes"]["per_token"] for row in points]
+        right.plot(size, [row["bits_per_byte"] for row in points], line, color="black", mfc="white", label=name)
+    right.set(title="Trained variants, each as " + ", ".join(FORMATS), xlabel="bytes a cached token, all layers")
+    right.set(ylabel="bits per byte", xscale="log")
+    for axis in (left, right):
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=8)
+    return figure
+
+
+FLOOR = 0.005  # percent below which a difference is not drawn
+FORMATS = ("fp16", "int8", "nvfp4")
+LABELLED = ("int8", "fp8", "nvfp4", "mxfp4", "kivi4", "kivi2", "int4")
+
+
+def _kind(codec: str) -> str:
+    fitted = any(name in codec for name in ("pca", "query", "output", "random"))
+    if not fitted:
+        return "quantized"
+    if any(name in codec for name in ("+int", "+nvfp4", "+fp8", "+mx")):
+        return "truncated and quantized"
+    return "truncated, first token exact" if "sinks=" in codec else "truncated"
+
+
 def pyplot() -> Any:
     """matplotlib's, without a display; ValueError where it is not installed."""
     try:

@@ -21,7 +21,7 @@ from kvjax.codecs.statistics import ArrayStatistics, Statistics
 from kvjax.decoder import Decoder, decodable
 from kvjax.rope import frequencies
 
-MARK = 0.1
+MARK = 0.01
 """What a sink's embedding has in its own channel, in norms of that embedding: the norms hardly notice it."""
 
 
@@ -189,9 +189,53 @@ def _grouped(graphdef, params, norm: str | None = None) -> tuple[Decoder, Groupe
 
 def _keys(statistics: Statistics, model: Decoder, config: Grouped) -> list[ArrayStatistics]:
     """Those of every layer's keys before the rotation."""
-    expected = [(config.num_kv_heads, config.head_dim)] * len(model.layers)
+    K, H = config.num_kv_heads, config.head_dim
     arrays = [layer["k_before_rope"] for layer in statistics.layers if "k_before_rope" in layer]
-    shapes = [array.rest.total.shape for array in arrays]
-    if shapes != expected:
-        raise ValueError(f"statistics of keys before RoPE, {shapes}, must be of every layer's, {expected}")
+    if [array.rest.total.shape for array in arrays] != [(K, H)] * len(model.layers):
+        raise ValueError(f"statistics must have keys before RoPE of {len(model.layers)} layers, {K} heads of {H}")
     return arrays
+
+
+def _least_used(model: Decoder) -> int:
+    """The channel of the residual stream with the least product of what is written to it and read from it."""
+    energy = lambda weight, axes: (np.asarray(weight[...], np.float64) ** 2).sum(axes)
+    written_D = energy(model.embedding_VD, 0) / model.vocab_size
+    read_D = np.zeros_like(written_D)
+    for block in model.layers:
+        attention, mlp = block.attention, block.mlp
+        written_D += energy(attention.o_NHD, (0, 1)) + energy(mlp.down_FD, 0)
+        weights = (attention.q_DNH, attention.k_DKH, attention.v_DKH)
+        read_D += energy(block.attention_norm.gain_H, ()) * sum(energy(weight, (1, 2)) for weight in weights)
+        read_D += energy(block.mlp_norm.gain_H, ()) * energy(mlp.gate_up_DE, 1)
+    return int((written_D * read_D).argmin())
+
+
+def _scale(module: Any, names: tuple[str, ...], index: Any, factor: float) -> None:
+    """Multiplies a part of those parameters that the module has."""
+    for name in (name for name in names if hasattr(module, name)):
+        setattr(module, name, nnx.Param(getattr(module, name)[...].at[index].multiply(factor)))
+
+
+def _grouped(graphdef, params, norm: str | None = None) -> tuple[Decoder, Grouped]:
+    """A model whose parameters are to be replaced, as they are shared with `params`; `norm`: why not `qk_norm`."""
+    model = nnx.merge(*decodable(graphdef, params))
+    config = model.attention
+    if not isinstance(config, Grouped):
+        raise ValueError(f"attention={type(config).__name__} must be Grouped, which caches keys and values")
+    if config.qk_norm and norm is not None:
+        raise ValueError(f"attention.qk_norm=True must be False: it {norm}")
+    return model, config
+
+
+def _keys(statistics: Statistics, model: Decoder, config: Grouped) -> list[ArrayStatistics]:
+    """Those of every layer's keys before the rotation."""
+    shape, arrays = (
+        (config.num_kv_heads, config.head_dim),
+        [layer.get("k_before_rope") for layer in statistics.layers],
+    )
+    found = [array for array in arrays if array is not None and array.rest.total.shape == shape]
+    if not len(found) == len(arrays) == len(model.layers):
+        raise ValueError(
+            f"statistics must have keys before RoPE of {len(model.layers)} layers, {shape[0]} heads of {shape[1]}"
+        )
+    return found

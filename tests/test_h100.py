@@ -16,11 +16,10 @@ import pytest
 from flax import nnx
 
 from configs import gqa4_124m
-from kvjax import generate
+from kvjax.accounting import abstract_cache
 from kvjax.attention.latent import Latent
-from kvjax.codecs import Exact
+from kvjax.decode_benchmark import loop_program
 from kvjax.decoder import DecoderConfig, fused
-from kvjax.sampling import GREEDY
 from kvjax.slots import nbytes
 
 INSTALLED = importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda12")
@@ -80,11 +79,12 @@ def device():
 
 def on(device, tree):
     sharding = jax.sharding.SingleDeviceSharding(device)
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+    shape = lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a), sharding=sharding)
+    return jax.tree.map(shape, tree)
 
 
-def decode_program(config, device):
-    """The generation loop, its cache, and the layers' shapes."""
+def decode_program(config, device, codec=None):
+    """The generation loop, and its cache as shapes."""
 
     def build():
         model = config.build(config.data.vocab_size)
@@ -92,18 +92,8 @@ def decode_program(config, device):
 
     graphdef, params = nnx.split(nnx.eval_shape(build))
     params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), params)
-
-    def state(params):
-        cache = nnx.merge(graphdef, params).init_cache(BATCH, SLOTS, Exact())
-        logits_BV = jnp.zeros((BATCH, config.data.vocab_size), jnp.float32)
-        return cache, logits_BV, jnp.zeros(BATCH, jnp.int32), jnp.zeros(BATCH, bool)
-
-    state = jax.eval_shape(state, params)
-    keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), BATCH))
-    numbers = jax.eval_shape(lambda: GREEDY.numbers(config.data.vocab_size))
-    scalar, stop_E = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((16,), jnp.int32)
-    arguments = on(device, (params, state, keys_B, scalar, scalar, numbers, stop_E))
-    return generate._decode.lower(graphdef, 64, GREEDY.form, False, *arguments).compile(), state[0]
+    cache = abstract_cache(config, config.data.vocab_size, BATCH, SLOTS, jnp.dtype("bfloat16"), codec)
+    return loop_program(graphdef, params, cache, 64, lambda arguments: on(device, arguments)), cache
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -100,8 +100,10 @@ class Attention(nnx.Module):
     values: str
     """The array whose weighted sums a reading is."""
 
-    inside: frozenset[str]
-    """Arrays that the absorbed form reads by nothing but inner products and weighted sums."""
+    @property
+    @abc.abstractmethod
+    def inside(self) -> frozenset[str]:
+        """Arrays that the absorbed form reads by nothing but inner products and weighted sums."""
 
     def observe(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[Memory, dict[str, jax.Array]]:
         """What calibration gathers: arrays to be stored, and the queries `BNTM` whose inner products read them."""

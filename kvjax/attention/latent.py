@@ -65,7 +65,6 @@ class LatentAttention(Attention):
     """Caches `latent_BSR` (normed) and `k_rope_BSP` (rotated): expanded for long T, absorbed for short."""
 
     values = "latent"
-    inside = frozenset({"latent", "k_rope"})
 
     def __init__(self, config: Latent, width: int, output_scale: float, key: jax.Array):
         D, N, R, P = width, config.num_heads, config.rank, config.rope_dim
@@ -113,6 +112,11 @@ class LatentAttention(Attention):
     def merge(self, heads_BNTV):
         """Every head through its part of the output projection."""
         return from_heads(heads_BNTV, self.o_NVD[...])
+
+    @property
+    def inside(self):
+        """Both."""
+        return frozenset({"latent", "k_rope"})
 
     def absorb(self, queries):
         """Queries through the keys' up-projection: from here the latent is the key."""

@@ -137,6 +137,12 @@ class Storage:
             )
 
     @property
+    def named(self) -> Mapping[str, Codec]:
+        """Codecs by name, once `by_name` has resolved them."""
+        assert not isinstance(self.arrays, Codec)
+        return self.arrays
+
+    @property
     def codecs(self) -> list[Codec]:
         """Every codec."""
         return [self.arrays] if isinstance(self.arrays, Codec) else list(self.arrays.values())

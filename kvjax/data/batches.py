@@ -80,7 +80,7 @@ def first_tokens(corpus: Corpus, tokenizer: Tokenizer, num_tokens: int) -> Corpu
 
 
 def first_of_each(corpus: Corpus, tokenizer: Tokenizer, num_tokens: int) -> Corpus:
-    """The first tokens of every document, as evenly as they go, `num_tokens` in all; ValueError if there are fewer."""
+    """The first tokens of every document, as evenly as they go, `num_tokens` in all; ValueError for fewer."""
     predicted = np.diff(corpus.starts) - 1
     if not len(predicted) <= num_tokens <= predicted.sum():
         raise ValueError(

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from experiments import calibrate, compress, generate
+from kvjax import codec_rows, host, results
 from kvjax import compress as module
-from kvjax import host, results
 
 CODECS = ["exact", "int8", "k=pca2+fp16,v=nvfp4,sinks=1"]
 
@@ -14,10 +14,8 @@ CODECS = ["exact", "int8", "k=pca2+fp16,v=nvfp4,sinks=1"]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Nothing is timed, and this process's devices stay as they are."""
-    from kvjax import layer_timing
-
-    monkeypatch.setattr(layer_timing, "step_seconds", lambda *arguments: 0.25)
-    monkeypatch.setattr(layer_timing, "encode_seconds", lambda *arguments: 0.125)
+    monkeypatch.setattr(codec_rows, "step_seconds", lambda *arguments: 0.25)
+    monkeypatch.setattr(codec_rows, "encode_seconds", lambda *arguments: 0.125)
     monkeypatch.setattr(host, "prepare", lambda batch_size=1: None)
 
 
@@ -68,6 +66,23 @@ def test_no_row_is_computed_twice(options, command, tmp_path, monkeypatch):
     assert len(results.read_results(tmp_path / "store")) == 3
 
 
+def test_formats_are_mixed_within_a_budget(options, command, tmp_path):
+    """4 float32 an array: 8 bits with a scale are 6 bytes, 4 bits 4, 2 bits 3; 12 bytes allow for the best twice."""
+    texts = [f"mix:int8|int4|int2@{budget}" for budget in ("12", "11", "75%", "40%")]
+    rows = rows_of(command, options, texts, tmp_path)
+    assert [row["cache_bytes"]["per_token"] for row in rows] == [12.0, 10.0, 12.0, 6.0]
+    losses = [row["kl_nats_per_token"] for row in rows]
+    assert losses[0] == losses[2] < losses[1] < losses[3]
+    int2, *_ = rows_of(command, options, ["int2"], tmp_path)
+    assert losses[3] == int2["kl_nats_per_token"]
+
+
+def test_ranks_by_sensitivity_within_a_budget(options, command, tmp_path):
+    texts = [f"k=pca+bf16,v=pca+bf16,budget=75%,allocate={how}" for how in ("uniform", "sensitivity")]
+    for row in rows_of(command, options, texts, tmp_path):
+        assert row["cache_bytes"]["per_token"] == 12.0
+
+
 def test_another_text_is_another_row(options, command, tmp_path):
     (whole,) = rows_of(command, options, ["int8"], tmp_path)
     (part,) = rows_of(command, [*options, "--tokens", 20], ["int8"], tmp_path)
@@ -101,6 +116,10 @@ def test_text_through_a_codec(options, trained, tmp_path, capsys):
             "--calibration=nowhere is missing; experiments.calibrate",
         ),
         (["--codec", "pca2", "--context", "16"], "context"),
+        (["--codec", "mix:int8|int4"], "must end with a budget, as mix:int8|int4@30%"),
+        (["--codec", "mix:int8|k=int4@30%"], "must mix codecs for every array and no options"),
+        (["--codec", "mix:int8|int4@3"], "budget=3 must be at least 8 bytes"),
+        (["--codec", "mix:int8@x"], "budget 'x' must be a whole number of bytes, or percent"),
         ([], "the following arguments are required: --codec"),
     ],
 )
