@@ -1,13 +1,17 @@
-"""Time decoding: `python -m experiments.benchmark_decode [--against hf]`, or `... --growth [--config mha ...]`.
+"""Time decoding: `python -m experiments.benchmark_decode [--against hf]`, with `--growth`, or with `--codec int8 ...`.
 
-The first form times one token a row at four cases, random weights, greedy, in rounds that take
-turns with Hugging Face's `generate` (dynamic and static cache; the better one counts). The second
-times presets at growing cache lengths and batches: what a smaller cache gains. Compilation and
-prefill are outside of the timing; medians (and ranges) over rounds.
+Alone it times one token a row at four cases, random weights, greedy, in rounds that take turns with
+Hugging Face's `generate` (dynamic and static cache; the better one counts). `--growth` times presets
+at growing cache lengths and batches: what a smaller cache gains. `--codec` times a small model, or a
+preset, whose cache is stored so, in turns with other codecs and `--against exact`, the cache in the
+compute dtype; and says what it takes and what fits a memory. Compilation and prefill are outside of
+the timing; medians (and ranges) over rounds.
 """
 
+import argparse
 import contextlib
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,28 +38,25 @@ CASES = {
     "smollm2-b4-1024": (SMOLLM2, 4, 1024),
 }
 PRESETS = ("mha", "gqa4", "gqa2", "mqa", "low_rank", "mla")
+# Little besides the cache.
+CACHE_MODEL = Config(
+    Grouped(8, 2, head_dim=64), DecoderConfig(width=128, depth=2, mlp_width=128), DataConfig(tokenizer="bytes")
+)
+DEFAULTS = {
+    "": {"case": tuple(CASES), "against": None},
+    "--growth": {"config": PRESETS, "lengths": "256,512,1024,2048,4096,8192", "batches": "1,8"},
+    "--codec": {"against": None, "config": None, "batch": 8, "filled": 4064, "memory": "8GiB"},
+}
+"""Of every form, the options that it takes besides those of all."""
 
 
 def run(argv: Sequence[str]) -> int:
     """Time, print, and write the results."""
-    parser = cli.parser("experiments.benchmark_decode", __doc__)
-    parser.add_argument("--case", nargs="+", choices=tuple(CASES), default=tuple(CASES), help="default: all")
-    parser.add_argument("--against", choices=["hf"], help="also time this peer (extra: peers)")
-    parser.add_argument("--growth", action="store_true", help="presets at growing lengths instead of the cases")
-    parser.add_argument("--config", nargs="+", metavar="NAME", default=PRESETS, help="presets of --growth")
-    parser.add_argument(
-        "--lengths", default="256,512,1024,2048,4096,8192", help="tokens in the cache, with --growth"
-    )
-    parser.add_argument("--batches", default="1,8", help="rows, with --growth")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds (default: 5)")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens a row and round (default: 32)")
-    parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="also write the results here")
-    options = parser.parse_args(argv)
-    cli.require_positive(options, "rounds", "tokens")
-    if options.growth and options.against:
-        raise ValueError("--against goes with the cases; leave out --growth")
+    options = arguments(argv)
     host.prepare()
-    if options.growth:
+    if options.codec:
+        rows = codecs(options)
+    elif options.growth:
         lengths, batches = (cli.integers(f"--{n}", getattr(options, n)) for n in ("lengths", "batches"))
         configs = {name: cli.preset(name) for name in options.config}
         cases = [(batch, length) for batch in batches for length in lengths]
@@ -65,6 +66,88 @@ def run(argv: Sequence[str]) -> int:
     if options.json is not None:
         results.write_json(options.json, {"rows": rows, "environment": results.environment()})
     return 0
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Options of this command, checked."""
+    parser = cli.parser("experiments.benchmark_decode", __doc__)
+    parser.add_argument("--case", nargs="+", choices=tuple(CASES), help="default: all")
+    parser.add_argument(
+        "--against", choices=["hf", "exact"], help="also time this peer (hf needs the extra peers)"
+    )
+    parser.add_argument("--growth", action="store_true", help="presets at growing lengths")
+    parser.add_argument("--codec", action="append", metavar="TEXT", help="a codec; any number of times")
+    parser.add_argument(
+        "--config", nargs="+", metavar="NAME", help="presets; with --codec one (default: a small model)"
+    )
+    parser.add_argument("--lengths", help="tokens in the cache, with --growth (default: 256,512,...,8192)")
+    parser.add_argument("--batches", help="rows, with --growth (default: 1,8)")
+    parser.add_argument("--batch", type=int, help="rows, with --codec (default: 8)")
+    parser.add_argument("--filled", type=int, help="tokens in the cache, with --codec (default: 4064)")
+    parser.add_argument("--memory", metavar="SIZE", help="to fit weights and cache, with --codec (default: 8GiB)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds (default: 5)")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens a row and round (default: 32)")
+    parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="also write the results here")
+    options = parser.parse_args(argv)
+    cli.require_positive(options, "rounds", "tokens", "batch")
+    form = "--codec" if options.codec else "--growth" if options.growth else ""
+    if options.codec and options.growth:
+        raise ValueError("--growth does not go with --codec; leave one out")
+    for name in dict.fromkeys(name for defaults in DEFAULTS.values() for name in defaults):
+        if getattr(options, name) is None:
+            setattr(options, name, DEFAULTS[form].get(name))
+        elif name not in DEFAULTS[form]:
+            forms = [other or "the cases" for other, defaults in DEFAULTS.items() if name in defaults]
+            raise ValueError(f"--{name} goes with {' or '.join(forms)}" + (f"; leave out {form}" if form else ""))
+    if options.against == ("hf" if form else "exact"):
+        goes, out = ("the cases", f"leave out {form}") if form else ("--codec", "as --codec int8")
+        raise ValueError(f"--against {options.against} goes with {goes}; {out}")
+    return options
+
+
+def codecs(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print and return the figures of codecs, and of the exact cache if asked for, side by side."""
+    from kvjax.codec_benchmark import CodecBench
+    from kvjax.decode_benchmark import Case
+    from kvjax.recipes import parse
+
+    texts = (["exact"] if options.against else []) + options.codec
+    recipes = list({recipe.text: recipe for recipe in map(parse, texts)}.values())
+    memory = _bytes(options.memory)
+    if options.filled < 2:
+        raise ValueError(f"--filled={options.filled} must be at least 2")
+    if options.config and len(options.config) > 1:
+        raise ValueError(f"--config must be one preset with --codec; leave out {' '.join(options.config[1:])}")
+    config = cli.preset(options.config[0]) if options.config else CACHE_MODEL
+    case = Case(config, options.batch, options.filled, options.tokens)
+    about = {"batch": case.batch, "filled": case.filled, "tokens": case.tokens, "memory_bytes": memory}
+    rows = [about | row for row in CodecBench(case, memory).rows(recipes, options.rounds)]
+    exact = rows[0]["seconds_per_token"]["median"] if options.against else None
+    for row in rows:
+        seconds, context = row["seconds_per_token"], row["longest_context"]
+        if exact is not None:
+            row["times_as_fast_as_exact"] = exact / seconds["median"]
+        print(
+            f"{row['codec']:24} {seconds['median'] * 1e3:7.2f} ms/token"
+            f" [{seconds['min'] * 1e3:.2f}, {seconds['max'] * 1e3:.2f}]"
+            + (f", {row['times_as_fast_as_exact']:.2f} times as fast as exact" if exact is not None else "")
+            + f"; {row['cache_bytes_per_token']:,.0f} B/token, temporaries {row['temporary_bytes'] / 2**20:.1f} MiB"
+            f" ({row['temporary_part_of_exact_cache']:.1%} of the exact cache),"
+            f" encode {row['encode_seconds_per_token'] * 1e6:.0f} us;"
+            f" {options.memory} fit batch {row['largest_batch']:,}"
+            + (f" or context {context:,}" if context is not None else ""),
+            flush=True,
+        )
+        row["config"] = to_dict(config)
+    return rows
+
+
+def _bytes(text: str) -> int:
+    """Of a size such as 8GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(KiB|MiB|GiB)", text, re.ASCII)
+    if match is None:
+        raise ValueError(f"--memory {text!r} must be a number and KiB, MiB or GiB, as 8GiB")
+    return int(float(match[1]) * 2 ** {"KiB": 10, "MiB": 20, "GiB": 30}[match[2]])
 
 
 def time_case(name: str, against: str | None, rounds: int, tokens: int) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
+from experiments.codec_tables import VARIANTS
 from experiments.report import read_rows
+from kvjax import plots
 
 FIGURES = Path("notebooks/figures")
 FASTER = [("gqa2", "GQA-2"), ("mqa", "MQA"), ("mla", "MLA")]
@@ -84,20 +86,20 @@ def decoding_map(rows: list[dict[str, Any]], device: str) -> Any:
 def run(argv: Sequence[str]) -> int:
     """Draw every figure."""
     cli.parser("experiments.figures", __doc__).parse_args(argv)
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise ValueError("figures need matplotlib: pip install -e '.[figures]'") from None
-    matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "kvjax"
+    plots.pyplot()
     FIGURES.mkdir(exist_ok=True)
     files = list(read_rows("decoding_growth").values())
     cores, model = files[0]["environment"]["cpu_cores"], files[0]["environment"]["cpu_model"]
-    rows = [row for file in files for row in file["rows"]]
-    for draw in (decoding, decoding_map):
-        figure, name = draw(rows, f"{cores} CPU cores ({model}, shared)"), draw.__name__
-        for kind in ("svg", "png"):
-            figure.savefig(FIGURES / f"{name}.{kind}", dpi=130, metadata={"Date": None} if kind == "svg" else None)
+    rows, device = [row for file in files for row in file["rows"]], f"{cores} CPU cores ({model}, shared)"
+    measured = {name: file["rows"] for name, file in read_rows("codecs_variants").items()}
+    variants = {name: measured[name] for name in VARIANTS if name in measured}
+    figures = {
+        "decoding": decoding(rows, device),
+        "decoding_map": decoding_map(rows, device),
+        "codecs": plots.codecs(measured["smollm2"], variants, "SmolLM2-135M: what a codec costs"),
+    }
+    for name, figure in figures.items():
+        plots.save(figure, FIGURES / name)
         print(f"wrote {FIGURES}/{name}.svg and .png")
     return 0
 

@@ -3,6 +3,7 @@
 B batch, T tokens, D width, V vocabulary, C tokens of a chunk.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -193,7 +194,9 @@ def through_layer(graphdef, params, storage, x_BTD):
     slots = T + -T % slot_multiple(storage)
     shapes = jax.ShapeDtypeStruct((B, slots, D), x_BTD.dtype), jax.ShapeDtypeStruct((B, slots), jnp.int32)
     cache = caches.empty((jax.eval_shape(lambda x, p: block.attention.project(x, p)[1], *shapes),), storage)
-    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    # Unknown to the compiler, which would fold whole masks into constants for seconds.
+    cache = dataclasses.replace(cache, length=lax.optimization_barrier(cache.length))
+    positions_BT = jnp.broadcast_to(cache.length + jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     return block(x_BTD, positions_BT, cache.claim(positions_BT).layer(0))[0]
 
 

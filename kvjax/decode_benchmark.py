@@ -19,11 +19,15 @@ from kvjax.accounting import median_seconds
 from kvjax.cache import Cache
 from kvjax.codecs.base import Codecs, slot_multiple
 from kvjax.config import Config
+from kvjax.decoder import Decoder, decodable
 from kvjax.dry_run import vocabulary
 from kvjax.generate import PIECE, ROUND_SLOTS, Session, padded, whole
 from kvjax.sampling import GREEDY
 from kvjax.slots import nbytes
 from kvjax.train import cast, compute_dtype
+
+Model = tuple[nnx.GraphDef[Decoder], Any]
+"""Structure and parameters."""
 
 BANDWIDTH_BYTES = 2**28
 
@@ -47,15 +51,20 @@ class Case:
 class DecodeWorkload:
     """Greedy generation by random weights from a filled cache; every round starts from the same one."""
 
-    def __init__(self, case: Case, codec: Codecs | None = None, expanded: bool = False):
-        """`expanded` reads the cache in expanded form, where decoding would take the absorbed one."""
+    def __init__(
+        self, case: Case, codec: Codecs | None = None, expanded: bool = False, model: Model | None = None
+    ):
+        """`expanded` reads the cache in expanded form, where decoding would take the absorbed one.
+
+        `model` is `random_model` of the case, or one made of it, where several workloads share it.
+        """
         self.case, config = case, case.config
-        model = config.build(vocabulary(config.data))
+        graphdef, params = random_model(config) if model is None else model
         if expanded:
-            for block in model.layers:
+            decoder = nnx.merge(graphdef, params)
+            for block in decoder.layers:
                 block.attention.expand_from = 1
-        graphdef, params = nnx.split(model)
-        params = cast(params, compute_dtype(config.train.dtype))
+            graphdef, params = nnx.split(decoder)
         self._session = Session(graphdef, params, case.batch, case.slots(codec), codec)
         started = time.perf_counter()
         self._session.feed(random_prompts(case, vocabulary(config.data)))
@@ -86,6 +95,12 @@ class DecodeWorkload:
         program = loop_program(session.graphdef, session.params, session.cache, self.case.tokens)
         return program.memory_analysis().temp_size_in_bytes
 
+    def bytes_of(self, batch: int, slots: int) -> int:
+        """All weights and a cache, stored so, of so many rows and slots."""
+        session = self._session
+        model, codec = nnx.merge(session.graphdef, session.params), session.cache.storages
+        return nbytes(session.params) + nbytes(jax.eval_shape(lambda: model.init_cache(batch, slots, codec)))
+
     def prefill_seconds(self) -> float:
         """Time of reading the prompts into an empty cache."""
         session = self._session
@@ -107,6 +122,12 @@ class DecodeWorkload:
         arguments = session.params, tokens_1T, self.case.filled - 1, key, 0, numbers
         whole(session.graphdef, GREEDY.form, *arguments).block_until_ready()
         return time.perf_counter() - started
+
+
+def random_model(config: Config) -> Model:
+    """Random weights in the compute dtype, in a form that can decode."""
+    graphdef, params = decodable(*nnx.split(config.build(vocabulary(config.data))))
+    return graphdef, cast(params, compute_dtype(config.train.dtype))
 
 
 def slot_unit(codec: Codecs | None) -> int:

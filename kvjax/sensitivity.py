@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from kvjax.checks import at_least, one_of, positive
+from kvjax.checks import one_of, positive
 from kvjax.codecs.base import Exact, Storage
 from kvjax.codecs.chain import chain
 from kvjax.codecs.fit import KINDS, causal_distances, eigenvalues, fit, rope_averaged
@@ -49,7 +49,8 @@ def sensitivities(
     ValueError for what model or statistics lack, and for energy that is all in one dimension.
     """
     positive("share", share)
-    at_least("1 - share", 1 - share, 0.0)
+    if share >= 1:
+        raise ValueError(f"share={share} must be below 1")
     options = {"mean": mean, "sinks": sinks == 0, "joint": joint}
     comparer = Comparer(graphdef, params, corpus, context, batch_size)
     num_layers = len(comparer.entries)
@@ -62,9 +63,11 @@ def sensitivities(
     weights = {}
     for layer, name in track([(layer, name) for layer in range(num_layers) for name in kinds]):
         known = statistics.layers[layer]
-        unrotated = name == "k" and frequencies is not None
-        one_of(f"array of the statistics' layer {layer}", "k_before_rope" if unrotated else name, known)
-        stats = averaged(known["k_before_rope"], frequencies, context) if unrotated else known[name]
+        stored = "k_before_rope" if name == "k" and frequencies is not None else name
+        one_of(f"array of the statistics' layer {layer}", stored, known)
+        stats = known[stored]
+        if stored != name:
+            stats = averaged(stats, frequencies, context)
         dropped_R = dropped_parts(eigenvalues(stats, kinds[name], **options))
         rank = rank_at(dropped_R, share)
         whole = fit(kinds[name], stats, len(dropped_R) - 1, **options)
@@ -76,9 +79,9 @@ def sensitivities(
     return weights
 
 
-def averaged(keys: ArrayStatistics, frequencies: np.ndarray, context: int) -> ArrayStatistics:
+def averaged(keys: ArrayStatistics, frequencies: np.ndarray | None, context: int) -> ArrayStatistics:
     """Those of unrotated keys with queries as they meet them: turned by causal distances, all pairs alike."""
-    assert keys.queries is not None
+    assert keys.queries is not None and frequencies is not None
     queries = rope_averaged(keys.queries, frequencies, causal_distances(context))
     return dataclasses.replace(keys, queries=queries)
 

@@ -40,7 +40,8 @@ def outlier_channels(
     between("pair", pair, 0, J)
     between("channel", channel, 0, H)
     key, value = np.s_[..., np.array([pair, pair + J])], np.s_[..., channel]
-    for attention in (block.attention for block in model.layers):
+    for block in model.layers:
+        attention: Any = block.attention
         if config.qk_norm:
             _scale(attention.k_norm, ("gain_H",), key, factor)
             _scale(attention.q_norm, ("gain_H",), key, 1 / factor)
@@ -71,7 +72,8 @@ def key_bias(
     biased = dataclasses.replace(config, qkv_bias=True)
     model.attention = biased
     for block, keys in zip(model.layers, _keys(statistics, model, config)):
-        attention = block.attention
+        attention: Any = block.attention
+        assert keys.queries is not None
         spread_KHH = score_variance(keys.queries, turns, causal_distances(statistics.context))
         directions = np.linalg.eigh(spread_KHH[:, slow[:, None], slow])[1][..., 0]
         rms_K = np.sqrt(np.trace(keys.rest.second, axis1=-2, axis2=-1) / H)
@@ -80,10 +82,10 @@ def key_bias(
         dtype = attention.k_DKH[...].dtype
         if not attention.config.qkv_bias:
             attention.config = biased
-            attention.q_bias_NH = nnx.Param(jnp.zeros((N, H), dtype))
-            attention.k_bias_KH = nnx.Param(jnp.zeros((K, H), dtype))
-            attention.v_bias_KH = nnx.Param(jnp.zeros((K, H), dtype))
-        attention.k_bias_KH = nnx.Param(attention.k_bias_KH[...] + jnp.asarray(bias_KH, dtype))
+            for name, shape in (("q_bias_NH", (N, H)), ("k_bias_KH", (K, H)), ("v_bias_KH", (K, H))):
+                setattr(attention, name, nnx.Param(jnp.zeros(shape, dtype)))
+        own_KH = np.asarray(attention.k_bias_KH[...], np.float64)
+        _set(attention, "k_bias_KH", ..., own_KH + bias_KH)
     return nnx.split(model)
 
 
@@ -124,10 +126,9 @@ def sink_token(
         _scale(block.attention, ("q_DNH", "q_bias_NH"), np.s_[..., pair], 0.0)
         _scale(block.mlp, ("gate_up_DE",), c, 0.0)
         _scale(block.mlp, ("down_FD",), np.s_[:, c], 0.0)
-        block.attention_norm.gain_H = nnx.Param(block.attention_norm.gain_H[...].at[c].set(1))
-    embedding_VD = model.embedding_VD[...]
-    mark = MARK * np.linalg.norm(np.asarray(embedding_VD[token], np.float64))
-    model.embedding_VD = nnx.Param(embedding_VD.at[token, c].set(float(mark)))
+        _set(block.attention_norm, "gain_H", c, 1.0)
+    mark = MARK * np.linalg.norm(np.asarray(model.embedding_VD[token], np.float64))
+    _set(model, "embedding_VD", (token, c), mark)
     found = jax.device_get(_alone(*nnx.split(model), token, c))
     for block, array, (seen, key_KH) in zip(model.layers, keys, found):
         norm_K = size * np.sqrt(np.trace(array.rest.second, axis1=-2, axis2=-1))
@@ -137,8 +138,7 @@ def sink_token(
             least = size * float(np.sqrt(others_K / norm_K**2).max())
             raise ValueError(f"size={size} must be above {least:.3g}: this token's keys are as large already")
         row_K = (np.sqrt(norm_K**2 - others_K) - key_KH[:, J - 1]) / float(seen)
-        k_DKH = block.attention.k_DKH[...]
-        block.attention.k_DKH = nnx.Param(k_DKH.at[c, :, J - 1].set(jnp.asarray(row_K, k_DKH.dtype)))
+        _set(block.attention, "k_DKH", np.s_[c, :, J - 1], row_K)
     return nnx.split(model)
 
 
@@ -162,18 +162,25 @@ def _least_used(model: Decoder) -> int:
     written_D = energy(model.embedding_VD, 0) / model.vocab_size
     read_D = np.zeros_like(written_D)
     for block in model.layers:
-        attention, mlp = block.attention, block.mlp
-        written_D += energy(attention.o_NHD, (0, 1)) + energy(mlp.down_FD, 0)
+        attention: Any = block.attention
+        written_D += energy(attention.o_NHD, (0, 1)) + energy(block.mlp.down_FD, 0)
         weights = (attention.q_DNH, attention.k_DKH, attention.v_DKH)
         read_D += energy(block.attention_norm.gain_H, ()) * sum(energy(weight, (1, 2)) for weight in weights)
-        read_D += energy(block.mlp_norm.gain_H, ()) * energy(mlp.gate_up_DE, 1)
+        read_D += energy(block.mlp_norm.gain_H, ()) * energy(block.mlp.gate_up_DE, 1)
     return int((written_D * read_D).argmin())
 
 
 def _scale(module: Any, names: tuple[str, ...], index: Any, factor: float) -> None:
     """Multiplies a part of those parameters that the module has."""
     for name in (name for name in names if hasattr(module, name)):
-        setattr(module, name, nnx.Param(getattr(module, name)[...].at[index].multiply(factor)))
+        _set(module, name, index, np.asarray(getattr(module, name)[...])[index] * factor)
+
+
+def _set(module: Any, name: str, index: Any, value: Any) -> None:
+    """A new parameter in place of one that differs in a part."""
+    whole = np.array(getattr(module, name)[...])
+    whole[index] = value
+    setattr(module, name, nnx.Param(jnp.asarray(whole)))
 
 
 def _grouped(graphdef, params, norm: str | None = None) -> tuple[Decoder, Grouped]:
@@ -194,48 +201,3 @@ def _keys(statistics: Statistics, model: Decoder, config: Grouped) -> list[Array
     if [array.rest.total.shape for array in arrays] != [(K, H)] * len(model.layers):
         raise ValueError(f"statistics must have keys before RoPE of {len(model.layers)} layers, {K} heads of {H}")
     return arrays
-
-
-def _least_used(model: Decoder) -> int:
-    """The channel of the residual stream with the least product of what is written to it and read from it."""
-    energy = lambda weight, axes: (np.asarray(weight[...], np.float64) ** 2).sum(axes)
-    written_D = energy(model.embedding_VD, 0) / model.vocab_size
-    read_D = np.zeros_like(written_D)
-    for block in model.layers:
-        attention, mlp = block.attention, block.mlp
-        written_D += energy(attention.o_NHD, (0, 1)) + energy(mlp.down_FD, 0)
-        weights = (attention.q_DNH, attention.k_DKH, attention.v_DKH)
-        read_D += energy(block.attention_norm.gain_H, ()) * sum(energy(weight, (1, 2)) for weight in weights)
-        read_D += energy(block.mlp_norm.gain_H, ()) * energy(mlp.gate_up_DE, 1)
-    return int((written_D * read_D).argmin())
-
-
-def _scale(module: Any, names: tuple[str, ...], index: Any, factor: float) -> None:
-    """Multiplies a part of those parameters that the module has."""
-    for name in (name for name in names if hasattr(module, name)):
-        setattr(module, name, nnx.Param(getattr(module, name)[...].at[index].multiply(factor)))
-
-
-def _grouped(graphdef, params, norm: str | None = None) -> tuple[Decoder, Grouped]:
-    """A model whose parameters are to be replaced, as they are shared with `params`; `norm`: why not `qk_norm`."""
-    model = nnx.merge(*decodable(graphdef, params))
-    config = model.attention
-    if not isinstance(config, Grouped):
-        raise ValueError(f"attention={type(config).__name__} must be Grouped, which caches keys and values")
-    if config.qk_norm and norm is not None:
-        raise ValueError(f"attention.qk_norm=True must be False: it {norm}")
-    return model, config
-
-
-def _keys(statistics: Statistics, model: Decoder, config: Grouped) -> list[ArrayStatistics]:
-    """Those of every layer's keys before the rotation."""
-    shape, arrays = (
-        (config.num_kv_heads, config.head_dim),
-        [layer.get("k_before_rope") for layer in statistics.layers],
-    )
-    found = [array for array in arrays if array is not None and array.rest.total.shape == shape]
-    if not len(found) == len(arrays) == len(model.layers):
-        raise ValueError(
-            f"statistics must have keys before RoPE of {len(model.layers)} layers, {shape[0]} heads of {shape[1]}"
-        )
-    return found

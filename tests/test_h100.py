@@ -18,6 +18,9 @@ from flax import nnx
 from configs import gqa4_124m
 from kvjax.accounting import abstract_cache
 from kvjax.attention.latent import Latent
+from kvjax.codecs.base import CHUNK
+from kvjax.codecs.floats import Fp8, NvFp4
+from kvjax.codecs.integers import Int
 from kvjax.decode_benchmark import loop_program
 from kvjax.decoder import DecoderConfig, fused
 from kvjax.slots import nbytes
@@ -66,7 +69,20 @@ MODELS = {
         GQA, attention=Latent(16, rank=512, rope_dim=64, nope_dim=128, value_dim=128), decoder=GQA.decoder
     ),
 }
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
+CODECS = {"int8": Int(8), "fp8": Fp8.calibrated(4.0), "nvfp4": NvFp4.calibrated(4.0)}
+BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "f64": 8,
+    "s64": 8,
+}
 VIEWS = ("parameter", "bitcast", "get-tuple-element", "tuple", "while", "conditional", "call", "constant")
 
 
@@ -140,6 +156,25 @@ def test_nothing_of_a_layers_size_is_made_but_by_the_write(decoding):
     _, program, cache = decoding
     for operation, _, line in buffers(program, layer_bytes(cache)):
         assert operation == "fusion" and "dynamic_update_slice_fusion" in line.partition(" = ")[0], line
+
+
+@pytest.mark.parametrize(("name", "codec"), [("gqa", name) for name in CODECS] + [("mla", "nvfp4")])
+def test_a_compressed_cache_is_decoded_a_chunk_at_a_time(name, codec, device):
+    """In place, and what owns a buffer is no larger than a float32 chunk, but for the written arrays."""
+    config = MODELS[name]
+    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, depth=2))
+    program, cache = decode_program(config, device, CODECS[codec])
+    exact = abstract_cache(config, config.data.vocab_size, BATCH, SLOTS, jnp.dtype("bfloat16"))
+    memory = program.memory_analysis()
+    assert nbytes(cache.memory) < 0.53 * nbytes(exact.memory)
+    assert memory.alias_size_in_bytes >= nbytes(cache.memory)
+    assert memory.temp_size_in_bytes <= 0.1 * nbytes(exact.memory)
+    chunk = max(a.size for a in jax.tree.leaves(exact.memory)) // SLOTS * CHUNK * 4
+    stored = {f"u{8 * a.dtype.itemsize}[{','.join(map(str, a.shape))}]" for a in jax.tree.leaves(cache.memory)}
+    for operation, size, line in buffers(program, 1):
+        name, _, made = line.partition(" = ")
+        if size > chunk or made.partition("{")[0] in stored:
+            assert operation == "fusion" and "dynamic_update_slice_fusion" in name, line
 
 
 def test_absorbed_mla_reads_the_latent_alone(device):

@@ -40,8 +40,7 @@ def model_of(draw_params):
     @functools.cache
     def model(config, **decoder):
         make = lambda: Decoder(DecoderConfig(WIDTH, 2, 31, **decoder), config, VOCAB, jax.random.key(0))
-        graphdef, params = draw_params(make)
-        return graphdef, jax.tree.map(jnp.asarray, params)
+        return draw_params(make)
 
     return model
 
@@ -111,13 +110,13 @@ def test_outliers_lie_in_the_slowest_pair_of_a_model_that_is_scanned(model_of, o
     ("config", "pairs"), [(PLAIN, 1), (BIASED, 1), (PLAIN, 2)], ids=["plain", "biased", "two pairs"]
 )
 def test_a_bias_moves_keys_by_itself_and_scores_alike(config, pairs, model_of, observed, error):
-    """Of norm 64 times the root mean square, in the slowest pairs. Logits move by 0.011 to 0.07 of their standard
-    deviation, and 7 times as far or more if the bias is turned to where queries see the rotation most."""
+    """Of norm 64 times the root mean square, in the slowest pairs. Measured, logits move by 0.047 to 0.056 of their
+    standard deviation, and 19 to 32 times as far if the bias is turned by 90 degrees."""
     decoder = nnx.merge(*model_of(config))
     for block in decoder.layers:  # queries that have a direction
         for name in ("q_DNH", "q_bias_NH")[: 1 + config.qkv_bias]:
-            param = getattr(block.attention, name)
-            setattr(block.attention, name, nnx.Param(param[...].at[..., J:].multiply(0.05)))
+            scales_H = np.float32(np.repeat([1.0, 0.05], J))
+            setattr(block.attention, name, nnx.Param(getattr(block.attention, name)[...] * scales_H))
     model = nnx.split(decoder)
     logits, layers = observed(model)
     graphdef, params = key_bias(*model, statistics_of(layers), 64.0, pairs)
@@ -139,8 +138,7 @@ def test_a_bias_moves_keys_by_itself_and_scores_alike(config, pairs, model_of, o
         across_KH = np.concatenate([-added_KH[:, J:], added_KH[:, :J]], axis=1)
         block.attention.k_bias_KH = nnx.Param(jnp.asarray(own + across_KH, jnp.float32))
     far = np.abs(observed(nnx.split(turned))[0] - logits).max() / logits.std()
-    print(change, far / change)
-    assert change < 0.1 and far > 5 * change
+    assert change < 0.1 and far > 10 * change
 
 
 def test_variance_of_scores_equals_that_of_turned_queries():
@@ -153,13 +151,19 @@ def test_variance_of_scores_equals_that_of_turned_queries():
     assert b_H @ spread_HH @ b_H == pytest.approx(variances_M.mean(), rel=1e-6)
 
 
+def unmasked(shape, index):
+    mask = np.ones(shape, np.float32)
+    mask[index] = 0.0
+    return mask
+
+
 @pytest.fixture(scope="module")
 def spare(model_of):
     """Function to get a model with an unused channel, and a pair that queries do not read."""
 
     def model(config):
         decoder = nnx.merge(*model_of(config))
-        zeroed = lambda param, index: nnx.Param(jnp.asarray(param[...]).at[index].set(0))
+        zeroed = lambda param, index: nnx.Param(param[...] * unmasked(param.shape, index))
         decoder.embedding_VD = zeroed(decoder.embedding_VD, np.s_[:, UNUSED])
         for block in decoder.layers:
             attention = block.attention
