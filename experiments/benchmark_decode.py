@@ -1,11 +1,11 @@
-"""Time decoding: `python -m experiments.benchmark_decode [--against hf]`, with `--growth`, or with `--codec int8 ...`.
+"""Time decoding: `python -m experiments.benchmark_decode [--growth | --codec int8 --against exact]`.
 
-Alone it times one token a row at four cases, random weights, greedy, in rounds that take turns with
-Hugging Face's `generate` (dynamic and static cache; the better one counts). `--growth` times presets
-at growing cache lengths and batches: what a smaller cache gains. `--codec` times a small model, or a
-preset, whose cache is stored so, in turns with other codecs and `--against exact`, the cache in the
-compute dtype; and says what it takes and what fits a memory. Compilation and prefill are outside of
-the timing; medians (and ranges) over rounds.
+The first form times one token a row at four cases, random weights, greedy, in rounds that take turns with
+Hugging Face's `generate` if `--against hf` (dynamic and static cache; the better one counts). The second
+times presets at growing cache lengths and batches: what a smaller cache gains. The third times a small
+model, or a preset, whose cache is stored by codecs (`kvjax.recipes` has their grammar), in turns with the
+exact cache in the compute dtype, and says what they take and what fits a memory. Compilation and prefill
+are outside of the timing; medians (and ranges) over rounds.
 """
 
 import argparse
@@ -72,19 +72,15 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Options of this command, checked."""
     parser = cli.parser("experiments.benchmark_decode", __doc__)
     parser.add_argument("--case", nargs="+", choices=tuple(CASES), help="default: all")
-    parser.add_argument(
-        "--against", choices=["hf", "exact"], help="also time this peer (hf needs the extra peers)"
-    )
+    parser.add_argument("--against", choices=["hf", "exact"], help="also time this peer (hf: extra peers)")
     parser.add_argument("--growth", action="store_true", help="presets at growing lengths")
     parser.add_argument("--codec", action="append", metavar="TEXT", help="a codec; any number of times")
-    parser.add_argument(
-        "--config", nargs="+", metavar="NAME", help="presets; with --codec one (default: a small model)"
-    )
+    parser.add_argument("--config", nargs="+", metavar="NAME", help="presets with --growth, one with --codec")
     parser.add_argument("--lengths", help="tokens in the cache, with --growth (default: 256,512,...,8192)")
     parser.add_argument("--batches", help="rows, with --growth (default: 1,8)")
     parser.add_argument("--batch", type=int, help="rows, with --codec (default: 8)")
     parser.add_argument("--filled", type=int, help="tokens in the cache, with --codec (default: 4064)")
-    parser.add_argument("--memory", metavar="SIZE", help="to fit weights and cache, with --codec (default: 8GiB)")
+    parser.add_argument("--memory", metavar="SIZE", help="for weights and cache, with --codec (default: 8GiB)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds (default: 5)")
     parser.add_argument("--tokens", type=int, default=32, help="tokens a row and round (default: 32)")
     parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="also write the results here")
@@ -120,26 +116,31 @@ def codecs(options: argparse.Namespace) -> list[dict[str, Any]]:
         raise ValueError(f"--config must be one preset with --codec; leave out {' '.join(options.config[1:])}")
     config = cli.preset(options.config[0]) if options.config else CACHE_MODEL
     case = Case(config, options.batch, options.filled, options.tokens)
-    about = {"batch": case.batch, "filled": case.filled, "tokens": case.tokens, "memory_bytes": memory}
-    rows = [about | row for row in CodecBench(case, memory).rows(recipes, options.rounds)]
-    exact = rows[0]["seconds_per_token"]["median"] if options.against else None
+    about: dict[str, Any] = {
+        "batch": case.batch,
+        "filled": case.filled,
+        "tokens": case.tokens,
+        "memory_bytes": memory,
+    }
+    about["config"] = to_dict(config)
+    rows = [row | about for row in CodecBench(case, memory).rows(recipes, options.rounds)]
     for row in rows:
-        seconds, context = row["seconds_per_token"], row["longest_context"]
-        if exact is not None:
-            row["times_as_fast_as_exact"] = exact / seconds["median"]
-        print(
-            f"{row['codec']:24} {seconds['median'] * 1e3:7.2f} ms/token"
-            f" [{seconds['min'] * 1e3:.2f}, {seconds['max'] * 1e3:.2f}]"
-            + (f", {row['times_as_fast_as_exact']:.2f} times as fast as exact" if exact is not None else "")
-            + f"; {row['cache_bytes_per_token']:,.0f} B/token, temporaries {row['temporary_bytes'] / 2**20:.1f} MiB"
-            f" ({row['temporary_part_of_exact_cache']:.1%} of the exact cache),"
-            f" encode {row['encode_seconds_per_token'] * 1e6:.0f} us;"
-            f" {options.memory} fit batch {row['largest_batch']:,}"
-            + (f" or context {context:,}" if context is not None else ""),
-            flush=True,
-        )
-        row["config"] = to_dict(config)
+        if options.against:
+            row["ratio_to_exact"] = rows[0]["seconds_per_token"]["median"] / row["seconds_per_token"]["median"]
+        print(_codec_line(row), flush=True)
     return rows
+
+
+def _codec_line(row: dict[str, Any]) -> str:
+    times = {name: seconds * 1e3 for name, seconds in row["seconds_per_token"].items()}
+    ratio = f", {row['ratio_to_exact']:.2f} times as fast as exact" if "ratio_to_exact" in row else ""
+    context = "" if row["longest_context"] is None else f" or context {row['longest_context']:,}"
+    return (
+        f"{row['codec']:24} {times['median']:7.2f} ms/token ({times['min']:.2f} to {times['max']:.2f}){ratio}; "
+        f"{row['cache_bytes_per_token']:,.0f} B/token; encode {row['encode_seconds_per_token'] * 1e6:.0f} us; "
+        f"temporaries {row['temporary_part_of_exact_cache']:.1%} of the exact cache; "
+        f"{row['memory_bytes'] / 2**30:g} GiB fit batch {row['largest_batch']:,}{context}"
+    )
 
 
 def _bytes(text: str) -> int:

@@ -128,6 +128,26 @@ def stress(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def speed(rows: Rows) -> str:
+    """One line a codec, timed in turns with the exact cache."""
+    heads = ("codec", "cache bytes/token", "ms a token", "times as fast as exact", "encoding, us a token")
+    heads += ("temporaries, of the float32 cache", "batch of this context in 8 GiB")
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * 6]
+    for row in (row for file in rows.values() for row in file["rows"]):
+        middle, low, high = (row["seconds_per_token"][name] * 1e3 for name in ("median", "min", "max"))
+        cells = [
+            f"`{row['codec']}`",
+            f"{row['cache_bytes_per_token']:,.0f}",
+            f"{middle:.1f} ({low:.1f} to {high:.1f})",
+            f"{row['ratio_to_exact']:.2f}",
+            f"{row['encode_seconds_per_token'] * 1e6:,.0f}",
+            f"{row['temporary_part_of_exact_cache']:.1%}",
+            f"{row['largest_batch']:,}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def change(row: dict[str, Any]) -> str:
     """Percent of perplexity against the exact cache, with its interval."""
     low, high = row["perplexity_percent_low"], row["perplexity_percent_high"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
-from experiments.codec_tables import CODEC_TABLES
+from experiments.codec_tables import CODEC_TABLES, speed
 from kvjax import results
 
 ROWS = Path("notebooks/results")
@@ -146,7 +146,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "decoding_growth": decoding_growth,
     "pretrained": pretrained,
     "downstream": downstream,
-    "codec_speed": codec_speed,
+    "codec_speed": speed,
     **CODEC_TABLES,
 }
 
