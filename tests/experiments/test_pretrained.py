@@ -113,7 +113,7 @@ def test_turns_of_a_chat():
             "num_tokens=999 must be at most 280",
         ),
         (evaluate, ["--model", "MODEL", "--data", "TEXT", "--split", "test"], "--split=test goes with a dataset"),
-        (evaluate, ["--model", "MODEL", "--data", "EMPTY"], "empty.txt has no text to score"),
+        (evaluate, ["--model", "MODEL", "--data", "EMPTY"], "empty.txt has no text to read"),
         (generate, ["--model", "MODEL", "--system", "x"], "--system is the beginning of a --chat"),
         (export, ["--run", "RUN", "--to", "MODEL"], "exists; choose a new directory"),
     ],
