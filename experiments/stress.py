@@ -31,16 +31,18 @@ def run(argv: Sequence[str]) -> int:
     recipes = [parse(text) for text in options.codec or CODECS]
     model, batch_size = cli.open_model(options), cli.batch_size(options)
     context = cli.context(options, model)
-    training, text = (cli.text(options, model, split) for split in ("train", "validation"))
+    training, text = cli.text(options, model, "train"), cli.text(options, model, "validation")
     corpus = first_of_each(text[1], model.tokenizer, options.tokens)
-    statistics_of = lambda split, name: calibrate(
-        *split, training[1], context, options.calibrate, batch_size, model=name, data=training[0]
-    )
+
+    def statistics_of(graphdef: Any, params: Any, name: str) -> Any:
+        sizes = context, options.calibrate, batch_size
+        return calibrate(graphdef, params, training[1], *sizes, model=name, data=training[0])
+
     rows, plain = [], None
-    models = stressed(model, statistics_of((model.graphdef, model.params), model.name))
-    for name, split in models.items():
-        statistics = statistics_of(split, name)
-        comparer = Comparer(*split, corpus, context, batch_size)
+    models = stressed(model, statistics_of(model.graphdef, model.params, model.name))
+    for name, (graphdef, params) in models.items():
+        statistics = statistics_of(graphdef, params, name)
+        comparer = Comparer(graphdef, params, corpus, context, batch_size)
         plain = plain or comparer.exact.perplexity
         row: dict[str, Any] = {"model": name, "perplexity_exact": comparer.exact.perplexity, "codecs": {}}
         change = row["perplexity_exact"] / plain - 1

@@ -93,7 +93,9 @@ class DecodeWorkload:
         """What the compiled loop of a round holds besides its arguments."""
         session = self._session
         program = loop_program(session.graphdef, session.params, session.cache, self.case.tokens)
-        return program.memory_analysis().temp_size_in_bytes
+        memory = program.memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     def bytes_of(self, batch: int, slots: int) -> int:
         """All weights and a cache, stored so, of so many rows and slots."""

@@ -70,11 +70,12 @@ def codecs(model: Sequence[dict[str, Any]], variants: dict[str, Sequence[dict[st
             spread[0][i], spread[1][i] = loss[i] - max(low, FLOOR / 2), high - loss[i]
         style = {"fmt": marker, "color": edge, "mfc": face, "capsize": 2, "lw": 0.7}
         left.errorbar(size, loss, spread, label=kind, **style)
-    shown = {row["codec"]: row for row in model}
-    for codec in [codec for codec in LABELLED if codec in shown and shown[codec]["perplexity_percent"] > FLOOR]:
-        row = shown[codec]
-        place = row["cache_bytes"]["per_token"], row["perplexity_percent"]
-        left.annotate(codec, place, fontsize=6.5, xytext=(5, -3), textcoords="offset points")
+    for row in model:
+        if row["codec"] in LABELS and row["perplexity_percent"] > FLOOR:
+            label, right_of = LABELS[row["codec"]]
+            place = row["cache_bytes"]["per_token"], row["perplexity_percent"]
+            style = {"fontsize": 7, "textcoords": "offset points", "ha": "left" if right_of else "right"}
+            left.annotate(label, place, xytext=(6 if right_of else -6, -3), **style)
     left.set(title=title, xlabel="bytes a cached token, all layers", yscale="log")
     left.set_ylabel("perplexity above the exact cache's (%)")
     for line, (name, rows) in zip(LINES, variants.items()):
@@ -92,7 +93,16 @@ def codecs(model: Sequence[dict[str, Any]], variants: dict[str, Sequence[dict[st
 
 FLOOR = 0.005  # percent below which a difference is not drawn
 FORMATS = ("fp16", "int8", "nvfp4")
-LABELLED = ("int8", "fp8", "nvfp4", "mxfp4", "kivi4", "kivi2", "int4")
+LABELS = {
+    "int8": ("INT8", True),
+    "fp8": ("FP8", False),
+    "nvfp4": ("NVFP4", True),
+    "mxfp4": ("MXFP4", True),
+    "int4:g32:asym": ("INT4, groups of 32", True),
+    "k=int4:channel32,v=int4:g32:asym": ("KIVI-4", True),
+    "k=int2:channel32:r128,v=int2:g32:asym": ("KIVI-2", True),
+}
+"""Codecs named in the plot, and whether on their right."""
 
 
 def _kind(codec: str) -> str:
