@@ -159,7 +159,9 @@ class LayerCache:
         kept = []
         if SINKS in memory:
             n = self.storage.sinks
-            positions_BS = jnp.broadcast_to(jnp.arange(n)[None], (B, n))
+            first_1S = jnp.arange(n)[None]
+            there_BS = (self.positions_BS[:, None] == first_1S[:, :, None]).any(-1)  # a text may start later
+            positions_BS = jnp.where(there_BS, first_1S, -1)
             kept.append(Part(self._unfolded(entry, memory[SINKS]), positions_BS, jnp.zeros((B, T, n), bool)))
         if RECENT in memory:
             arrays = self._unfolded(entry, memory[RECENT] if self._one else self.memory[RECENT])
