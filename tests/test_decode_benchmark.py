@@ -167,7 +167,7 @@ def test_figures_are_drawn_from_the_committed_rows(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(figures, "FIGURES", tmp_path)
     assert figures.run([]) == 0
-    names = {f"{name}.{kind}" for name in ("decoding", "decoding_map") for kind in ("svg", "png")}
+    names = {f"{name}.{kind}" for name in ("decoding", "decoding_map", "codecs") for kind in ("svg", "png")}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
