@@ -102,7 +102,7 @@ class Field:
         if self.codes == 1:
             return self.unfold(take((start + offset) // self.tokens, now // self.tokens))
         shared = size // self.codes
-        # XLA's GPU compiler would keep the codes transposed, which copies them whenever a loop is entered and left.
+        # XLA's GPU compiler would keep codes transposed, and copy them whenever a loop is entered and left.
         bytes = take(start // self.codes + offset % shared, now)
         bytes = with_layout_constraint(bytes, Layout(tuple(range(bytes.ndim))))
         return self.unfold((bytes >> jnp.uint8(self._bits * (offset // shared))) & jnp.uint8(self._mask))
