@@ -102,9 +102,8 @@ class Field:
         if self.codes == 1:
             return self.unfold(take((start + offset) // self.tokens, now // self.tokens))
         shared = size // self.codes
-        # XLA's GPU compiler would keep codes transposed, and copy them whenever a loop is entered and left.
         bytes = take(start // self.codes + offset % shared, now)
-        bytes = with_layout_constraint(bytes, Layout(tuple(range(bytes.ndim))))
+        bytes = lax.platform_dependent(bytes, cpu=lambda bytes: bytes, default=_in_order)
         return self.unfold((bytes >> jnp.uint8(self._bits * (offset // shared))) & jnp.uint8(self._mask))
 
     def all(self, memory: jax.Array) -> jax.Array:
@@ -135,6 +134,14 @@ class Field:
 
     def _mixed(self, old, new, shift):
         return (old & ~(jnp.uint8(self._mask) << shift)) | (new << shift)
+
+
+def _in_order(bytes):
+    """Its layout fixed: XLA:GPU would keep codes transposed, and copy them whenever a loop is entered and left.
+
+    On a CPU a fixed layout parts the codes from their decoding, which takes 1.7 times as long.
+    """
+    return with_layout_constraint(bytes, Layout(tuple(range(bytes.ndim))))
 
 
 def _scattered(memory, new, slots):

@@ -17,6 +17,7 @@ from kvjax.attention.grouped import Grouped
 from kvjax.attention.latent import Latent
 from kvjax.attention.low_rank import LowRank
 from kvjax.codecs import Codec, Exact, Storage
+from kvjax.codecs.base import CHUNK
 from kvjax.codecs.chain import chain
 from kvjax.codecs.floats import Fp8, NvFp4
 from kvjax.codecs.integers import Int, IntPerChannel
@@ -148,6 +149,11 @@ def test_a_compressed_cache_is_carried_as_it_is_stored(attention, name, batch):
     stored = jax.tree.leaves([layer[n] for n in exact.memory[0]])
     assert not made(text, "copy|transpose|concatenate|broadcast|select|scatter|gather", stored)
     assert not made(text, "copy|concatenate|scatter", jax.tree.leaves(layer.get("recent")))
+    taken = [
+        (*a.shape[:-2], a.shape[-2] * CHUNK // CODED_SLOTS, a.shape[-1]) for a in stored if a.dtype == "uint8"
+    ]
+    codes = [jax.ShapeDtypeStruct(shape, "uint8") for shape in taken]
+    assert not made(text, "copy|fusion|custom-call", codes)  # they are decoded where they are read
     for kind in KINDS.values():  # unpacked codes would be larger than packed ones
         largest = max((a.size for a in stored if KINDS.get(a.dtype.name) == kind), default=0)
         assert not large(program, r"[a-z\-]+", largest + 1, kind)
