@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import tyro
 
 import configs
+import configs.studies
 from kvjax.checks import one_of
 from kvjax.config import Config, section
 
@@ -26,13 +27,24 @@ PLAIN = (tyro.conf.AvoidSubcommands,)
 
 def presets() -> list[str]:
     """Names of the files in `configs/`."""
-    return sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(configs.__path__) if not module.ispkg)
 
 
 def preset(name: str) -> Config:
     """The configuration of a preset."""
     one_of("--config", name, presets())
     return importlib.import_module(f"configs.{name}").config
+
+
+def studies() -> list[str]:
+    """Names of the files in `configs/studies/`."""
+    return sorted(module.name for module in pkgutil.iter_modules(configs.studies.__path__))
+
+
+def study(name: str) -> Any:
+    """The study of that name."""
+    one_of("--study", name, studies())
+    return importlib.import_module(f"configs.studies.{name}").study
 
 
 def override(default: T, arguments: Sequence[str], prog: str, description: str) -> T:
@@ -223,6 +235,17 @@ def integers(option: str, text: str) -> list[int]:
     if min(numbers) < 1:
         raise ValueError(f"{option} {text!r} must be integers of at least 1, as 256,512,1024")
     return numbers
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """Numbers above 0, separated by commas."""
+    try:
+        made = [float(part) for part in text.split(",")]
+    except ValueError:
+        made = [0.0]
+    if not min(made) > 0:
+        raise ValueError(f"{option} {text!r} must be numbers above 0, as 1e-3,2e-3,4e-3")
+    return made
 
 
 def parser(module: str, description: str | None) -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ from experiments import cli
 from experiments.codec_tables import VARIANTS
 from experiments.report import read_rows
 from kvjax import plots
+from kvjax.plots.memory import LLAMA_7B
 
 FIGURES = Path("notebooks/figures")
 FASTER = [("gqa2", "GQA-2"), ("mqa", "MQA"), ("mla", "MLA")]
@@ -83,6 +84,24 @@ def decoding_map(rows: list[dict[str, Any]], device: str) -> Any:
     return figure
 
 
+def study() -> dict[str, Any]:
+    """Figures of the study, of all that it has rows for."""
+    files = list(read_rows("study").values())
+    of = lambda kind: [row for file in files for row in file.get(kind, [])]
+    trained, converted, coded = (of(kind) for kind in ("rows", "conversions", "codecs"))
+    curves = {label: points for file in files for label, points in file.get("curves", {}).items()}
+    title = "Which KV cache? Variants of equal parameters, trained alike"
+    figures = {}
+    if trained:
+        figures["study"] = plots.quality_against_bytes(trained, converted, coded, title)
+        figures["study_kv_heads"] = plots.quality_against_kv_heads(trained)
+        figures["study_rates"] = plots.rates(trained)
+        figures["study_curves"] = plots.loss_curves(curves, window=10)
+    if converted:
+        figures["study_conversions"] = plots.recovery(converted)
+    return figures
+
+
 def run(argv: Sequence[str]) -> int:
     """Draw every figure."""
     cli.parser("experiments.figures", __doc__).parse_args(argv)
@@ -96,7 +115,10 @@ def run(argv: Sequence[str]) -> int:
     figures = {
         "decoding": decoding(rows, device),
         "decoding_map": decoding_map(rows, device),
+        "decode_time": plots.decode_time_against_context(rows, f"Time of a decode step, {device}"),
+        "memory": plots.memory_against_context(LLAMA_7B),
         "codecs": plots.codecs(measured["smollm2"], variants, "SmolLM2-135M: what a codec costs"),
+        **study(),
     }
     for name, figure in figures.items():
         plots.save(figure, FIGURES / name)

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
+from experiments.capacity import claims_table
 from experiments.codec_tables import CODEC_TABLES, speed
+from experiments.compare import comparison_table, expected_table
+from experiments.study_tables import STUDY_TABLES
 from kvjax import results
 
 ROWS = Path("notebooks/results")
@@ -147,8 +150,18 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "pretrained": pretrained,
     "downstream": downstream,
     "codec_speed": speed,
+    "comparison": comparison_table,
+    "expected": expected_table,
+    "claims": claims_table,
     **CODEC_TABLES,
+    **STUDY_TABLES,
 }
+FOLDERS = {
+    **dict.fromkeys(CODEC_TABLES, "codecs"),
+    **dict.fromkeys(STUDY_TABLES, "study"),
+    "expected": "comparison",
+}
+"""Of tables that do not have rows of their own."""
 
 
 def insert(text: str, name: str, content: str) -> str:
@@ -162,8 +175,8 @@ def insert(text: str, name: str, content: str) -> str:
 
 
 def read_rows(name: str, root: Path = Path()) -> Rows:
-    """The committed rows of table `name`, by file; several tables are of the rows of `codecs`."""
-    folder = root / ROWS / ("codecs" if name in CODEC_TABLES else name)
+    """The committed rows of table `name`, by file."""
+    folder = root / ROWS / FOLDERS.get(name, name)
     return {path.stem: results.read_json(path) for path in sorted(folder.glob("*.json"))}
 
 

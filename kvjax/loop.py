@@ -123,7 +123,7 @@ class Trainer:
     def _steps(self, state, first, checkpoints, metrics, bar, caught, wall):
         """All steps; the metrics of one are read while the next runs."""
         train = self.config.train
-        step = make_step(self.config, self.vocab_size, self.mesh)
+        step = self._make_step()
         pending = score = None
         clock = None
         for i in range(first, train.steps):
@@ -155,6 +155,9 @@ class Trainer:
         if score is None:  # stopped between the last checkpoint, after which all is recorded, and the result
             score = self._evaluate(state.params, train.steps, bar)
         return state, score
+
+    def _make_step(self):
+        return make_step(self.config, self.vocab_size, self.mesh)
 
     def _report(self, step, measured, metrics, bar):
         values = {name: float(value) for name, value in measured.items()}

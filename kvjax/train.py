@@ -3,6 +3,7 @@
 B batch, T tokens, D width, V vocabulary, A accumulated parts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +58,12 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     """Clipping, then AdamW that decays all but gains and biases."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            schedule(config, steps),
+            rate,
             b1=config.beta1,
             b2=config.beta2,
             weight_decay=config.weight_decay,
@@ -79,13 +80,18 @@ def _decays(path, leaf):
 def init_state(config: Config, vocab_size: int) -> TrainState:
     """Initial weights from the seed, zero moments."""
     params = nnx.split(config.build(vocab_size))[1]
-    opt_state = make_optimizer(config.optimizer, config.train.steps).init(params)
+    opt_state = make_optimizer(config.optimizer, schedule(config.optimizer, config.train.steps)).init(params)
     return TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.ones((), bool))
 
 
 def graphdef_of(config: Config, vocab_size: int) -> nnx.GraphDef[Decoder]:
     """The model's structure, without computing weights."""
     return nnx.split(nnx.eval_shape(lambda: config.build(vocab_size)))[0]
+
+
+def dropout_key(config: Config) -> jax.Array | None:
+    """What every step's dropout is drawn from; None where there is none."""
+    return jax.random.fold_in(jax.random.key(config.seed), 1) if config.decoder.dropout > 0 else None
 
 
 def make_step(config: Config, vocab_size: int, mesh: Mesh) -> jax.stages.Wrapped:
@@ -97,8 +103,23 @@ def make_step(config: Config, vocab_size: int, mesh: Mesh) -> jax.stages.Wrapped
     Read a step's metrics before the step after the next is dispatched: on several CPU devices, XLA's
     all-reduce starves and aborts when tens of steps are queued (seen with jax 0.10.2 and 50).
     """
+    update = make_update(config, vocab_size, mesh)
+    rate = schedule(config.optimizer, config.train.steps)
+
+    def step(state: TrainState, batch: Batch):
+        return update(state, batch, dropout_key(config), rate)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_update(
+    config: Config, vocab_size: int, mesh: Mesh
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """`make_step`'s function before it is jitted: (state, batch, `dropout_key`, learning rate of a step).
+
+    Of `config` it takes neither the seed nor the peak learning rate.
+    """
     graphdef = graphdef_of(config, vocab_size)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
     dtype = compute_dtype(config.train.dtype)
     parts = config.train.accumulate
 
@@ -125,16 +146,15 @@ def make_step(config: Config, vocab_size: int, mesh: Mesh) -> jax.stages.Wrapped
 
     gradient = sharding.over_rows(gradient, mesh, sums=True)
 
-    def step(state: TrainState, batch: Batch):
-        key = None
-        if config.decoder.dropout > 0:
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
+    def update(state: TrainState, batch: Batch, key: jax.Array | None, rate: optax.Schedule):
+        optimizer = make_optimizer(config.optimizer, rate)
+        key = None if key is None else jax.random.fold_in(key, state.step)
         value, grads = gradient((state.params, key), batch)
         grad_norm = optax.tree.norm(grads)
         finite = state.finite & jnp.isfinite(value) & jnp.isfinite(grad_norm)
         with jax.numpy_dtype_promotion("standard"):  # optax counts on it
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            lr = schedule(config.optimizer, config.train.steps)(state.step)
+            lr = rate(state.step)
         params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
@@ -148,4 +168,4 @@ def make_step(config: Config, vocab_size: int, mesh: Mesh) -> jax.stages.Wrapped
         }
         return TrainState(params, opt_state, state.step + 1, finite), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return update

@@ -9,7 +9,8 @@ from kvjax import accounting
 from kvjax.attention.grouped import Grouped
 from kvjax.attention.latent import Latent
 from kvjax.attention.low_rank import LowRank
-from kvjax.codecs import Exact
+from kvjax.codecs import Exact, Storage
+from kvjax.codecs.integers import Int
 from kvjax.config import Config
 from kvjax.decoder import DecoderConfig
 from kvjax.slots import nbytes
@@ -67,6 +68,7 @@ def test_parameters_of_a_model(name, tied, scan):
     config = config_of(name, tie_embeddings=tied, scan=scan)
     total = (1 if tied else 2) * V * d + 3 * (LAYERS[name][1] + 3 * d * 31 + 2 * d) + d
     assert accounting.num_parameters(accounting.abstract_params(config, V)) == total
+    assert accounting.count_parameters(config, V) == total
 
 
 @named
@@ -122,6 +124,124 @@ def test_flops_are_those_that_the_compiler_counts(name):
     # Unmasked: each of the 33 tokens meets 33 slots, as it would on average in a context of 65.
     predicted = 33 * accounting.flops_per_token(config, 257, 65, training=False)
     assert predicted == pytest.approx(counted, rel=0.05)
+
+
+# By hand, of one layer: FLOPs a slot, absorbed and expanded, and those of own weights that the form leaves out.
+# Low rank with positions rebuilds its keys in either form, and takes values in their latent if absorbed.
+DECODING = {
+    "mha": ((4 * h * 10, 0), (4 * h * 10, 0)),
+    "gqa": ((4 * h * 10, 0), (4 * h * 10, 0)),
+    "mqa": ((4 * h * 10, 0), (4 * h * 10, 0)),
+    "gqa_norm_bias": ((4 * h * 10, 0), (4 * h * 10, 0)),
+    "low_rank": (
+        (2 * h * 4 + 2 * h * 11 + 2 * 11 * h * 4, 2 * 11 * h * 4),
+        (4 * h * 4 + 4 * 11 * h * 4, 4 * 11 * h * 4),
+    ),
+    "low_rank_split": ((2 * h * (7 + 13), 0), (4 * h * 4 + 2 * (7 + 13) * h * 4, 2 * (7 + 13) * h * 4)),
+    "mla": ((2 * h * (2 * 13 + 4), 0), (2 * h * (3 + 4 + 5) + 2 * 13 * h * (3 + 5), 2 * 13 * h * (3 + 5))),
+    "mla_query_rank": (
+        (2 * h * (2 * 13 + 4), 0),
+        (2 * h * (3 + 4 + 5) + 2 * 13 * h * (3 + 5), 2 * 13 * h * (3 + 5)),
+    ),
+}
+
+
+@named
+@pytest.mark.parametrize("absorbed", [True, False])
+def test_decode_flops_by_hand(name, absorbed):
+    per_slot, left_out = DECODING[name][not absorbed]
+    weights = V * d + 3 * (LAYERS[name][1] + 3 * d * 31 + 2 * d) + d
+    for length in (1, 17, 4096):
+        expected = 2 * weights + 3 * (length * per_slot - left_out)
+        for tied in (True, False):
+            config = config_of(name, tie_embeddings=tied)
+            assert accounting.decode_flops(config, V, length, absorbed) == expected
+        windowed = dataclasses.replace(
+            config, attention=dataclasses.replace(LAYERS[name][0], window=5, num_sinks=2)
+        )
+        seen = min(length, 7)
+        expected = 2 * weights + 3 * (seen * per_slot - left_out)
+        assert accounting.decode_flops(windowed, V, length, absorbed) == expected
+
+
+def test_decode_flops_as_published():
+    """DeepSeek-V3, a layer and cached token: 2h * 1088 absorbed, 3.4 times the 2h * 320 of whole heads."""
+    v3 = Latent(128, rank=512, rope_dim=64, nope_dim=128, value_dim=128, query_rank=1536)
+    config = Config(v3, DecoderConfig(width=7168, depth=1, mlp_width=18432))
+    more = lambda absorbed: (
+        accounting.decode_flops(config, V, 4097, absorbed) - accounting.decode_flops(config, V, 4096, absorbed)
+    )
+    assert more(True) == 2 * 128 * 1088 and more(False) == 2 * 128 * 320 + 2 * 512 * 128 * 256
+
+
+# Wide heads: masks and softmax, a few FLOPs a head and slot, are little beside their products.
+WIDE = {
+    "gqa": Grouped(2, 1, head_dim=128),
+    "low_rank": LowRank(2, head_dim=128, rank=192),
+    "low_rank_none": LowRank(2, head_dim=128, rank=192, position="none"),
+    "mla": Latent(2, rank=192, rope_dim=64, nope_dim=128, value_dim=128),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("absorbed", [True, False])
+def test_decode_flops_are_those_that_the_compiler_counts(name, absorbed):
+    """Of one step that reads a full cache."""
+    config = Config(WIDE[name], DecoderConfig(width=64, depth=1, mlp_width=64))
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: config.build(257)))
+    cache = accounting.abstract_cache(config, 257, 1, 401, jnp.dtype("float32"))
+
+    def step(params, tokens_BT, positions_BT, cache):
+        model = nnx.merge(graphdef, params)
+        model.layers[0].attention.expand_from = 2 if absorbed else 1
+        return model(tokens_BT, positions_BT, cache)[0]
+
+    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    counted = jax.jit(step).lower(params, one, one, cache).cost_analysis()["flops"]
+    assert accounting.decode_flops(config, 257, 401, absorbed) == pytest.approx(counted, rel=0.05)
+
+
+def test_prefill_flops_by_hand():
+    """Every token's products and slots, and logits of the last one alone."""
+    layers, per_slot = 3 * (LAYERS["mla"][1] + 3 * d * 31 + 2 * d) + d, LAYERS["mla"][3]
+    expected = 17 * 2 * layers + 3 * per_slot * 17 * 18 / 2 + 2 * V * d
+    assert accounting.prefill_flops(config_of("mla"), V, 17) == expected
+
+
+def test_flops_of_a_trace():
+    a, b = jnp.ones((2, 3, 5)), jnp.ones((2, 5, 7))
+    product = lambda a, b: jnp.einsum("Bij,Bjk->Bik", a, b)
+    assert accounting.num_flops(product, a, b) == 2 * 2 * 3 * 5 * 7
+    assert accounting.num_flops(lambda a, b: jax.jit(product)(a, b) + 1.0, a, b) == 420
+    branches = lambda a, b: jax.lax.cond(
+        a[0, 0, 0] > 0, lambda: product(a, b), lambda: a @ b[:, :, :7] + product(a, b)
+    )
+    assert accounting.num_flops(branches, a, b) == 840
+    with pytest.raises(ValueError, match="products in a scan loop are not counted"):
+        accounting.num_flops(lambda a, b: jax.lax.scan(lambda c, _: (c, product(a, b)), 0.0, None, 3)[1], a, b)
+
+
+def test_bytes_read_by_hand():
+    """Weights once, without an untied embedding; of each row the slots seen, in their stored form."""
+    bf16, read = jnp.dtype("bfloat16"), accounting.bytes_read
+    weights = V * d + 3 * (LAYERS["gqa"][1] + 3 * d * 31 + 2 * d) + d
+    for tied in (True, False):
+        config = config_of("gqa", tie_embeddings=tied)
+        assert read(config, V, 5, 17, bf16) == (2 * weights, 5 * 17 * 3 * 2 * 2 * 10 * 2)
+    # A byte an element, and a 16-bit scale for each of 2 arrays of 2 heads in 3 layers.
+    assert read(config, V, 5, 17, bf16, Int(8)).cache == 5 * 17 * 3 * 2 * 2 * (10 + 2)
+    kept = Storage(Int(8), sinks=4)
+    assert read(config, V, 1, 100, bf16, kept).cache == 3 * 2 * 2 * (100 * (10 + 2) + 4 * 10 * 2)
+    windowed = dataclasses.replace(config, attention=Grouped(h, 2, head_dim=10, window=8, num_sinks=3))
+    assert [read(windowed, V, 1, n, bf16).cache for n in (8, 11, 100)] == [
+        n * 3 * 2 * 2 * 10 * 2 for n in (8, 11, 11)
+    ]
+    assert read(windowed, V, 1, 100, bf16, Int(8)).cache == 11 * 3 * 2 * 2 * (10 + 2)
+    stored = accounting.abstract_cache(windowed, V, 1, 100, bf16, Int(8))
+    assert nbytes(stored.memory) == 256 * 3 * 2 * 2 * (10 + 2)  # in whole chunks: stored and read are two numbers
+    assert read(config_of("mla"), V, 2, 9, bf16).cache == 2 * 9 * 3 * (13 + 4) * 2
+    with pytest.raises(ValueError, match="length=0 must be at least 1"):
+        read(config, V, 1, 0, bf16)
 
 
 def test_peak_of_matrix_products():

@@ -35,6 +35,10 @@ class Latent(AttentionConfig):
     """Rotate pairs (2j, 2j + 1), as DeepSeek's weights are laid out."""
     logit_scale: float | None = field(default=None, kw_only=True)
     """What logits are multiplied by before the softmax; None for (nope_dim + rope_dim)^-0.5."""
+    latent_norm: bool = field(default=True, kw_only=True)
+    """RMSNorm on the latent; without it keys and values are linear in a layer's input, as in other variants."""
+    rope_blocks: int = field(default=1, kw_only=True)
+    """Equal parts of the rotary key that turn alike, each with the frequencies of its own width."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,6 +51,11 @@ class Latent(AttentionConfig):
         at_least("rope_theta", self.rope_theta, 1.0)
         if self.logit_scale is not None:
             positive("logit_scale", self.logit_scale)
+        at_least("rope_blocks", self.rope_blocks, 1)
+        step, below = 2 * self.rope_blocks, self.rope_dim - self.rope_dim % (2 * self.rope_blocks)
+        if below != self.rope_dim:
+            nearest = " and ".join(str(dim) for dim in (below, below + step) if dim)
+            raise ValueError(f"rope_dim={self.rope_dim} must be a multiple of 2 * rope_blocks={step}: {nearest}")
 
     def build(self, width: int, output_scale: float, key: jax.Array) -> "LatentAttention":
         """The module for a decoder of this width."""
@@ -78,7 +87,8 @@ class LatentAttention(Attention):
             self.q_norm = RMSNorm(Q)
             self.q_up_QNE = normal(subkey(key, "qu"), (Q, N, H + P), Q)
         self.kv_down_DC = normal(subkey(key, "down"), (D, R + P), D)
-        self.kv_norm = RMSNorm(R)
+        if config.latent_norm:
+            self.kv_norm = RMSNorm(R)
         self.k_up_RNH = normal(subkey(key, "uk"), (R, N, H), R)
         self.v_up_RNV = normal(subkey(key, "uv"), (R, N, V), R)
         self.o_NVD = normal(subkey(key, "o"), (N, V, D), N * V, output_scale)
@@ -97,8 +107,16 @@ class LatentAttention(Attention):
         c_BTC = project(x_BTD, self.kv_down_DC[...])
         latent_BTR, k_rope_BTP = jnp.split(c_BTC, [self.config.rank], axis=-1)
         turn = lambda x: self.rotate(x, positions_BT, self.config.rope_interleaved)
-        entry = {"latent": self.kv_norm(latent_BTR), "k_rope": turn(k_rope_BTP)}
-        return (q_BNTH, turn(q_rope_BNTP)), entry
+        latent_BTR = self.kv_norm(latent_BTR) if self.config.latent_norm else latent_BTR
+        return (q_BNTH, turn(q_rope_BNTP)), {"latent": latent_BTR, "k_rope": turn(k_rope_BTP)}
+
+    def rotate(self, x, positions_BT, interleaved=False):
+        """Every block of rotary features by itself."""
+        blocks = self.config.rope_blocks
+        if blocks == 1:
+            return super().rotate(x, positions_BT, interleaved)
+        parts = jnp.swapaxes(x.reshape(*x.shape[:-1], blocks, -1), -2, -3)
+        return jnp.swapaxes(super().rotate(parts, positions_BT, interleaved), -2, -3).reshape(x.shape)
 
     def expand(self, queries, memory, positions_BS):
         """Keys `[no-position | rotary]` and values of every head."""

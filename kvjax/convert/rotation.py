@@ -1,4 +1,4 @@
-"""Weight surgery: models that compute the same, with another cache.
+"""The same model with turned values in its cache.
 
 D width, N query heads, K kv heads, H head dim.
 """

@@ -1,22 +1,10 @@
-"""Figures of result rows: titled, with units, legible in black and white; SVG and PNG."""
+"""What codecs cost: perplexity against bytes."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from kvjax.compress import on_front
-
-MARKERS = "os^Dv<>Phd*X"
-
-
-def save(figure: Any, name: Path) -> None:
-    """Writes NAME.svg and NAME.png."""
-    import matplotlib
-
-    matplotlib.rcParams["svg.hashsalt"] = "kvjax"
-    for kind in ("svg", "png"):
-        metadata = {"Date": None} if kind == "svg" else None
-        figure.savefig(name.with_name(f"{name.name}.{kind}"), dpi=130, metadata=metadata)
+from kvjax.plots.figure import MARKERS, pyplot
 
 
 def pareto(rows: Sequence[dict[str, Any]], title: str) -> Any:
@@ -112,15 +100,3 @@ def _kind(codec: str) -> str:
     if any(name in codec for name in ("+int", "+nvfp4", "+fp8", "+mx")):
         return "truncated and quantized"
     return "truncated, first token exact" if "sinks=" in codec else "truncated"
-
-
-def pyplot() -> Any:
-    """matplotlib's, without a display; ValueError where it is not installed."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise ValueError("figures need matplotlib: pip install -e '.[figures]'") from None
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    return plt

@@ -1,0 +1,73 @@
+"""A study's results as flat rows, for tables, plots and SQL."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvjax.metrics import read_metrics
+from kvjax.paired import at_best_rate
+from kvjax.results import read_json
+from kvjax.study import Job
+from kvjax.sweep import Store
+
+LEFT_OUT = ("sample",)  # a run's text is no figure
+CURVE_POINTS = 100
+
+
+def gathered(store: Store, jobs: Sequence[Job]) -> dict[str, Any]:
+    """Rows of trained runs, of codecs on them and of conversions, and training curves of the runs of seed 0."""
+    finished = store.finished(list(jobs))
+    done = [job for job in jobs if job.name in finished]
+    of = lambda stage: [job for job in done if job.stage == stage]
+    trained = [_trained(job, finished[job.name]) for job in done if job.config is not None]
+    best = _best(trained)
+    return {
+        "rows": trained,
+        "codecs": [_about(job) | row for job in of("codecs") for row in finished[job.name]["rows"]],
+        "conversions": [_converted(job, finished[job.name], best, store) for job in of("conversions")],
+        "curves": _curves(store.root, best),
+    }
+
+
+def _about(job):
+    return {"job": job.name, "stage": job.stage, **job.about}
+
+
+def _trained(job, row):
+    return _about(job) | {name: value for name, value in row.items() if name not in LEFT_OUT}
+
+
+def _best(trained) -> dict[str, dict[int, Mapping[str, Any]]]:
+    """By label and seed, the runs at each label's best rate."""
+    by_label: dict[str, list[Mapping[str, Any]]] = {}
+    for row in trained:
+        by_label.setdefault(row["label"], []).append(row)
+    return {label: at_best_rate(rows) for label, rows in by_label.items()}
+
+
+def _converted(job, row, best, store):
+    """A conversion's figures: of the last step where it was trained on, else of the weights as they are."""
+    made = read_json(store.root / job.name / "conversion.json")
+    score = row if job.about["fraction"] > 0 else made["scores"]["converted"]
+    scratch = best.get(job.about["label"], {}).get(job.about["seed"])
+    return _about(job) | {
+        **{name: score[name] for name in ("bits_per_byte", "bits_per_byte_se", "perplexity")},
+        "source_bits_per_byte": made["scores"]["source"]["bits_per_byte"],
+        "scratch_bits_per_byte": scratch and scratch["bits_per_byte"],
+        "cache_bytes_per_token": made["scores"]["converted"]["cache_bytes_per_token"],
+        "environment": row["environment"],
+    }
+
+
+def _curves(root: Path, best) -> dict[str, list[list[float]]]:
+    """Tokens and training loss (nats a token) of each label's first run at its best rate, thinned by averaging."""
+    curves = {}
+    for label, runs in best.items():
+        row = next(iter(runs.values()))
+        records = [m for m in read_metrics(root / row["job"] / "metrics.jsonl") if m["kind"] == "train"]
+        tokens = row["training_tokens"] / row["config"]["train"]["steps"]
+        every = -(-len(records) // CURVE_POINTS)
+        parts = [records[i : i + every] for i in range(0, len(records), every)]
+        mean = lambda part: sum(record["loss"] for record in part) / len(part)
+        curves[label] = [[part[-1]["step"] * tokens, mean(part)] for part in parts]
+    return curves

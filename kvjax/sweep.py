@@ -1,0 +1,224 @@
+"""Workers on one store of jobs: each job is done once, whoever does it, and again if its worker dies.
+
+A claim is a file made exclusively, `claims/JOB.0`; its owner touches it now and then. One that was not touched for
+`STALE_SECONDS` is overtaken by making `claims/JOB.1`, which only one worker can; the former owner, should it be
+alive, sees that and stops. Nothing is locked, so a store may lie on a shared file system.
+"""
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+from kvjax.metrics import read_metrics
+from kvjax.results import read_json, run_name, write_json
+from kvjax.study import Job
+
+BEAT_SECONDS = 15.0
+STALE_SECONDS = 120.0
+MANIFEST, CLAIMS, FAILED, LOGS, CONFIG = "manifest.json", "claims", "failed", "logs", "config.json"
+
+
+class Claim:
+    """A job of this worker's, kept fresh by a thread until the block ends."""
+
+    def __init__(self, path: Path):
+        self._path, self._ended, self._lost = path, threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    @property
+    def lost(self) -> bool:
+        """Whether another worker has overtaken it."""
+        return self._lost.is_set()
+
+    def _beat(self):
+        generation = int(self._path.suffix[1:])
+        while not self._ended.wait(BEAT_SECONDS):
+            try:
+                os.utime(self._path)
+            except FileNotFoundError:  # an heir has already ended it
+                self._lost.set()
+            if self.lost or self._path.with_suffix(f".{generation + 1}").exists():
+                self._lost.set()
+                return
+
+
+class Store:
+    """A directory of jobs: one directory each, beside claims, failures and logs."""
+
+    def __init__(self, root: Path):
+        self.root = Path(root)
+
+    def finished(self, jobs: list[Job]) -> dict[str, dict[str, Any]]:
+        """Results by job's name."""
+        places = {job.name: self.root / job.result for job in jobs}
+        return {name: read_json(place) for name, place in places.items() if place.is_file()}
+
+    def open(self, jobs: list[Job]) -> list[Job]:
+        """Jobs without result or failure, whether or not somebody is at them."""
+        finished, failed = self.finished(jobs), self.failed()
+        return [job for job in jobs if job.name not in finished and job.name not in failed]
+
+    def failed(self) -> dict[str, dict[str, Any]]:
+        """What went wrong with jobs that ended without a result, by name."""
+        return {path.stem: read_json(path) for path in sorted((self.root / FAILED).glob("*.json"))}
+
+    def list(self, jobs: list[Job]) -> None:
+        """Add jobs to the manifest, which names all that were ever wanted here."""
+        path = self.root / MANIFEST
+        known = read_json(path) if path.is_file() else {}
+        if any(job.name not in known for job in jobs):
+            write_json(path, known | {job.name: dataclasses.asdict(job) for job in jobs})
+
+    def forget_failures(self) -> None:
+        """Failed jobs are to be done again."""
+        for path in (self.root / FAILED).glob("*.json"):
+            path.unlink()
+
+    def claimed(self) -> dict[str, float]:
+        """Seconds since each claimed job's worker was last heard of."""
+        now, ages = self._now(), {}
+        for path in (self.root / CLAIMS).glob("*.*"):
+            if path.suffix[1:].isdecimal():
+                age = now - path.stat().st_mtime
+                ages[path.stem] = min(age, ages.get(path.stem, age))
+        return ages
+
+    def claim(self, job: Job) -> Claim | None:
+        """This worker's claim, None where another worker's stands."""
+        folder = self.root / CLAIMS
+        folder.mkdir(parents=True, exist_ok=True)
+        claims = [path for path in folder.glob(f"{run_name(job.name)}.*") if path.suffix[1:].isdecimal()]
+        newest = max(claims, key=lambda path: int(path.suffix[1:]), default=None)
+        if newest is not None and self._now() - newest.stat().st_mtime < STALE_SECONDS:
+            return None
+        generation = 0 if newest is None else int(newest.suffix[1:]) + 1
+        path = folder / f"{job.name}.{generation}"
+        try:
+            with open(path, "x") as file:
+                file.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
+        except FileExistsError:
+            return None
+        return Claim(path)
+
+    def release(self, job: Job) -> None:
+        """Claims of a job that has ended."""
+        for path in (self.root / CLAIMS).glob(f"{job.name}.*"):
+            path.unlink(missing_ok=True)
+
+    def do(self, job: Job, claim: Claim) -> bool:
+        """Run a job's steps; whether there is a result. What they print goes to the job's log."""
+        if job.config is not None and not (self.root / job.name / CONFIG).exists():
+            write_json(self.root / job.name / CONFIG, dict(job.config))
+        (self.root / LOGS).mkdir(exist_ok=True)
+        path = self.root / LOGS / f"{job.name}.log"
+        for step in job.steps:
+            if (self.root / step.makes).exists():
+                continue
+            with open(path, "ab") as log:
+                status = _run(step.arguments, self.root, log, lambda: claim.lost)
+            if claim.lost:
+                return False
+            if status != 0:
+                tail = path.read_text(errors="replace").strip().splitlines()[-1:]
+                failure = {"command": list(step.arguments), "status": status, "message": "".join(tail)}
+                write_json(self.root / FAILED / f"{job.name}.json", failure)
+                return False
+        return (self.root / job.result).is_file()
+
+    def _now(self) -> float:
+        """The file system's clock, which may not be this host's."""
+        probe = self.root / CLAIMS / f".clock-{socket.gethostname()}-{os.getpid()}"
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink(missing_ok=True)
+        return now
+
+
+def _run(command, root, log, stop) -> int:
+    """Exit status of `python -m COMMAND` in `root`; it is ended where `stop` says so, or this process dies."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(_checkout()), os.environ.get("PYTHONPATH", "")]),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvjax.with_parent", *command],
+        cwd=root,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+    )
+    try:
+        while True:
+            try:
+                return process.wait(timeout=1.0)
+            except subprocess.TimeoutExpired:
+                if stop():
+                    process.terminate()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+
+
+def _checkout() -> Path:
+    return Path(__file__).resolve().parents[1]
+
+
+def work(store: Store, jobs_of: Callable[[], list[Job]], poll_seconds: float = 5.0) -> int:
+    """Do jobs that nobody does until all have ended; how many were done here.
+
+    `jobs_of` lists those known so far.
+    """
+    done = 0
+    while open_jobs := store.open(jobs_of()):
+        for job in open_jobs:
+            if attempt(store, job):
+                done += 1
+                break  # its result may open others that come first
+        else:
+            time.sleep(poll_seconds)  # what others are at may open new jobs
+    return done
+
+
+def attempt(store: Store, job: Job) -> bool:
+    """Whether this worker claimed the job, did it and left a result or a failure."""
+    if (store.root / job.result).is_file():
+        return False
+    claim = store.claim(job)
+    if claim is None:
+        return False
+    with claim:
+        if (store.root / job.result).is_file():  # its owner ended it and let go just before
+            store.release(job)
+            return False
+        try:
+            store.do(job, claim)
+        finally:  # also where this worker is told to stop: others need not wait
+            if not claim.lost:
+                store.release(job)
+    return not claim.lost
+
+
+def progress(root: Path, job: Job) -> tuple[int, int] | None:
+    """Steps made and to make of a training job that is under way."""
+    if job.config is None:
+        return None
+    path, total = root / job.name / "metrics.jsonl", job.config["train"]["steps"]
+    steps = [row["step"] for row in read_metrics(path)] if path.exists() else []
+    return max(steps, default=0), total

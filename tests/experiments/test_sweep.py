@@ -1,0 +1,116 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvjax.sweep
+from experiments import sweep, train
+from kvjax.results import read_json, write_json
+from kvjax.study import jobs
+
+SMALL = [
+    *("--config", "tiny", "--over", "attention.num-kv-heads=1,2", "--decoder.width", "8", "--decoder.depth", "1"),
+    *("--attention.num-heads=2", "--attention.head-dim=4", "--decoder.mlp-width", "12", "--data.context", "8"),
+    *("--train.steps", "5", "--train.batch-size", "2", "--train.eval-every", "5", "--train.checkpoint-every", "5"),
+    *("--train.eval-batch-size", "4", "--train.sample-tokens", "2"),
+]
+
+
+def names(output: str) -> list[str]:
+    return [line.split()[-1] for line in output.splitlines() if line.split()[:1] and line.split()[0].isdecimal()][
+        1:
+    ]
+
+
+@pytest.fixture
+def in_process(monkeypatch, small_text):
+    """Commands run in this process, over a few sentences."""
+    run = lambda arguments, root, log, stop: (monkeypatch.chdir(root), train.run(arguments[1:]))[1]
+    monkeypatch.setattr("kvjax.sweep._run", run)
+    monkeypatch.setattr(sweep, "watched", lambda options, again, store, jobs_of: kvjax.sweep.work(store, jobs_of))
+
+
+def test_a_sweep_trains_each_run_once(tmp_path, command, capfd, in_process):
+    """Seeds follow rates, parameters match, and the same command again does nothing."""
+    arguments = [*SMALL, "--seeds", "2", "--match", "params", "--store", tmp_path / "store"]
+    arguments += ["--json", tmp_path / "rows.json"]
+    assert command(sweep.run, arguments) == 0
+    rows = read_json(tmp_path / "rows.json")["rows"]
+    assert [(row["label"], row["seed"], row["stage"]) for row in rows] == [
+        ("num-kv-heads-1", 0, "rates"),
+        ("num-kv-heads-2", 0, "rates"),
+        ("num-kv-heads-1", 1, "seeds"),
+        ("num-kv-heads-2", 1, "seeds"),
+    ]
+    assert [row["cache_bytes_per_token"] for row in rows] == [1 * 2 * 4 * 4, 2 * 2 * 4 * 4] * 2
+    assert abs(rows[0]["parameters"] - rows[1]["parameters"]) <= 3 * 8 / 2  # half a unit of the MLP
+    assert len({row["bits_per_byte"] for row in rows}) == 4
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*") if path.is_file()}
+    output = capfd.readouterr().out
+    assert all(f"{row['bits_per_byte']:.4f}" in output for row in rows)
+    assert command(sweep.run, arguments) == 0
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*") if p.is_file()} == stamps
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """Options of a sweep of two, and its jobs."""
+    options, rest = sweep.arguments([*SMALL, "--store", str(tmp_path)])
+    return options, jobs(sweep.studied(options, rest), {})
+
+
+def test_jobs_are_listed_and_nothing_is_written(tmp_path, command, capfd, listed):
+    store = tmp_path / "new"
+    assert command(sweep.run, [*SMALL, "--store", store, "--dry-run", "--seeds", "3"]) == 0
+    assert names(capfd.readouterr().out) == [job.name for job in listed[1]]
+    assert not store.exists()
+
+
+def test_one_job_by_its_index(tmp_path, command, listed, monkeypatch):
+    monkeypatch.setattr("kvjax.sweep._run", lambda arguments, root, log, stop: write_result(root, arguments))
+    monkeypatch.setattr(sweep.signal, "signal", lambda signum, handler: None)
+    assert command(sweep.run, [*SMALL, "--store", tmp_path, "--index", "1"]) == 0
+    assert [(tmp_path / job.result).exists() for job in listed[1]] == [False, True]
+    assert command(sweep.run, [*SMALL, "--store", tmp_path, "--index", "2"]) == 2
+
+
+def write_result(root, arguments) -> int:
+    write_json(root / arguments[-1] / "result.json", {"bits_per_byte": 1.0})
+    return 0
+
+
+@pytest.mark.parametrize("how", [["--workers", "2"], ["--slurm", "--cluster", "local"]])
+def test_workers_are_processes_of_their_own(how, tmp_path, listed):
+    """Here or through submitit, by its local stand-in for Slurm; their commands fail at once on a broken run."""
+    if "--slurm" in how:
+        pytest.importorskip("submitit")
+    for job in listed[1]:
+        write_json(tmp_path / job.name / "config.json", {})
+    arguments = [sys.executable, "-m", "experiments.sweep", *SMALL, "--store", str(tmp_path), *how]
+    ended = subprocess.run(arguments, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1
+    failed = [line for line in ended.stdout.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == 2 and all("attention is missing" in line for line in failed)
+    assert ("submitted " in ended.stdout) == (tmp_path / "submitit").is_dir() == ("--slurm" in how)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--study", "kv_cache", "--seeds", "3"], "--seeds goes with --config; a study says it itself"),
+        (["--study", "kv_cach"], "--study='kv_cach' is unknown; did you mean 'kv_cache'?"),
+        (["--study", "kv_cache", "--seed", "3"], "--seed goes with --config"),
+        (["--config", "tiny", "--over", "attention.num-kv-heads"], "must be FIELD=A,B, as"),
+        (["--config", "tiny", "--over", "attention.num-kv-heds=1"], "did you mean --attention.num-kv-heads?"),
+        (["--config", "tiny", "--over", "attention.num-kv-heads=3"], "num_kv_heads=3"),
+        (["--config", "tiny", "--peak-lrs", "1e-3,0"], "must be numbers above 0"),
+        (["--config", "tiny", "--reference", "mha"], "reference='mha' is unknown"),
+        (["--config", "tiny", "--workers", "0"], "--workers=0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(arguments, message, tmp_path, command, capfd):
+    assert command(sweep.run, [*arguments, "--store", tmp_path / "store", "--dry-run"]) == 2
+    error = capfd.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "store").exists()

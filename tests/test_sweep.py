@@ -1,0 +1,169 @@
+"""Workers on one store; jobs are `python -m job`, from a file in the store."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from kvjax import sweep
+from kvjax.results import read_json, write_json
+from kvjax.study import Job, Step
+
+JOB = """
+import json, os, pathlib, sys, time
+name, seconds, status = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+with open("order.log", "a") as log:
+    log.write(f"{name} {os.getpid()}\\n")
+time.sleep(seconds)
+if status:
+    sys.exit(f"no result: {name}")
+pathlib.Path(name).mkdir(exist_ok=True)
+pathlib.Path(name, "result.json").write_text(json.dumps({"of": name}))
+"""
+WORKER = """
+import sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+import test_sweep
+from kvjax import sweep
+sweep.work(sweep.Store(Path(sys.argv[1])), lambda: [test_sweep.job("slow", 60.0)])
+"""
+
+
+def job(name: str, seconds: float = 0.0, status: int = 0) -> Job:
+    return Job(name, "rates", {}, (Step(("job", name, str(seconds), str(status)), f"{name}/result.json"),))
+
+
+@pytest.fixture
+def store(tmp_path) -> sweep.Store:
+    (tmp_path / "job.py").write_text(JOB)
+    return sweep.Store(tmp_path)
+
+
+def started(store: sweep.Store) -> list[str]:
+    path = store.root / "order.log"
+    return [line.split()[0] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_each_job_is_done_once_by_several_workers(store):
+    every = [job(f"job{i}", 0.05) for i in range(9)]
+    done = []
+    workers = [
+        threading.Thread(target=lambda: done.append(sweep.work(store, lambda: every, 0.1))) for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sum(done) == 9 and sorted(started(store)) == sorted(job.name for job in every)
+    assert store.finished(every) == {job.name: {"of": job.name} for job in every}
+    assert sweep.work(store, lambda: every) == 0 and len(started(store)) == 9
+    assert store.claimed() == {}
+
+
+def test_results_open_new_jobs_which_come_first(store):
+    def known():
+        first = [job("a"), job("z")]
+        return [first[0], job("b"), first[1]] if store.finished(first) else first
+
+    assert sweep.work(store, known) == 3 and started(store) == ["a", "b", "z"]
+
+
+def test_what_a_killed_worker_left_is_done_by_another(store, monkeypatch):
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    worker = subprocess.Popen([sys.executable, "-c", WORKER.format(paths=paths), str(store.root)])
+    deadline = time.monotonic() + 60
+    try:
+        while not started(store) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (line,) = (store.root / "order.log").read_text().splitlines()
+        command = int(line.split()[1])
+        assert _alive(command)
+        assert store.claim(job("slow")) is None
+    finally:
+        worker.kill()
+        worker.wait()
+    monkeypatch.setattr(sweep, "STALE_SECONDS", 0.0)
+    assert sweep.work(store, lambda: [job("slow")], 0.1) == 1
+    assert started(store) == ["slow", "slow"] and store.finished([job("slow")])
+    while _alive(command) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(command)  # it went with its worker
+
+
+def _alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_stale_claim_has_one_heir_and_its_owner_gives_up(store, monkeypatch):
+    monkeypatch.setattr(sweep, "BEAT_SECONDS", 0.05)
+    slow = job("slow", 60.0)
+    claim = store.claim(slow)
+    assert claim is not None and store.claim(slow) is None
+    path = store.root / "claims" / "slow.0"
+    os.utime(path, (0, 0))
+    heirs = [store.claim(slow) for _ in range(3)]
+    assert sum(heir is not None for heir in heirs) == 1
+    with claim:
+        began = time.monotonic()
+        assert not store.do(slow, claim)
+        assert claim.lost and time.monotonic() - began < 30
+    assert store.failed() == {} and store.finished([slow]) == {}
+
+
+def test_a_claim_is_kept_fresh(store, monkeypatch):
+    monkeypatch.setattr(sweep, "BEAT_SECONDS", 0.05)
+    claim = store.claim(job("a"))
+    assert claim is not None
+    path = store.root / "claims" / "a.0"
+    os.utime(path, (0, 0))
+    with claim:
+        deadline = time.monotonic() + 20
+        while path.stat().st_mtime == 0 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert store.claimed()["a"] < 20 and not claim.lost
+
+
+def test_a_failure_is_kept_with_its_last_words_and_done_again_only_when_asked(store):
+    every = [job("bad", status=1), job("good")]
+    assert sweep.work(store, lambda: every) == 2
+    assert store.failed() == {
+        "bad": {"command": ["job", "bad", "0.0", "1"], "status": 1, "message": "no result: bad"}
+    }
+    assert sweep.work(store, lambda: every) == 0
+    store.forget_failures()
+    assert sweep.work(store, lambda: every) == 1 and started(store) == ["bad", "good", "bad"]
+
+
+def test_a_configuration_is_written_before_the_command_and_not_over_one(store):
+    made = [dataclasses.replace(job(name), config={"seed": 1}) for name in "ab"]
+    write_json(store.root / "b" / "config.json", {"seed": 7})
+    assert sweep.work(store, lambda: made) == 2
+    assert [read_json(store.root / name / "config.json") for name in "ab"] == [{"seed": 1}, {"seed": 7}]
+
+
+def test_a_step_whose_work_is_there_is_not_done_again(store):
+    first, second = job("first").steps[0], Step(("job", "second", "0", "1"), "second/result.json")
+    both = [Job("both", "rates", {}, (first, second))]
+    assert sweep.work(store, lambda: both) == 1 and list(store.failed()) == ["both"]
+    (store.root / "job.py").write_text(JOB.replace("if status:", "if not status:"))
+    store.forget_failures()
+    assert sweep.work(store, lambda: both) == 1 and started(store) == ["first", "second", "second"]
+    assert store.finished(both) == {"both": {"of": "second"}}
+
+
+def test_the_manifest_keeps_all_jobs_that_were_ever_wanted(store):
+    store.list([job("a")])
+    store.list([job("b"), job("c")])
+    manifest = read_json(store.root / "manifest.json")
+    assert list(manifest) == ["a", "b", "c"] and manifest["b"]["steps"] == [
+        [["job", "b", "0.0", "0"], "b/result.json"]
+    ]
