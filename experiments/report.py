@@ -152,7 +152,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "codec_speed": speed,
     "comparison": comparison_table,
     "expected": expected_table,
-    "claims": claims_table,
+    "claims": lambda files: claims_table([row for file in files.values() for row in file["rows"]]),
     **CODEC_TABLES,
     **STUDY_TABLES,
 }

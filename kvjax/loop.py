@@ -23,7 +23,7 @@ from kvjax.evaluate import Score, evaluate, make_scorer
 from kvjax.generate import generate
 from kvjax.metrics import MetricsWriter
 from kvjax.progress import Bar
-from kvjax.runs import CHECKPOINTS, CONFIG, TOKENIZER, check_same_config, check_same_origin
+from kvjax.runs import CHECKPOINTS, CONFIG, CONVERSION, TOKENIZER, check_same_config, check_same_origin
 from kvjax.sampling import Sampling
 from kvjax.slots import nbytes
 from kvjax.train import cast, compute_dtype, graphdef_of, init_state, make_step
@@ -112,6 +112,8 @@ class Trainer:
         restored = checkpoints.restore(like)
         for line in checkpoints.damaged:
             print(f"damaged checkpoint passed over: {line}", flush=True)
+        if restored is None and (self.directory / CONVERSION).exists():
+            raise ValueError(f"{self.directory} holds converted weights, and no sound checkpoint of them is left")
         if restored is None:
             state, first, before = init_state(self.config, self.vocab_size), 0, 0.0
         else:

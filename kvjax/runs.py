@@ -13,6 +13,7 @@ from kvjax.data import Tokenizer, from_json
 from kvjax.train import init_state
 
 CONFIG, TOKENIZER, CHECKPOINTS, RESULT = "config.json", "tokenizer.json", "checkpoints", "result.json"
+CONVERSION = "conversion.json"  # of a run that began as another model
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from kvjax.checks import at_least, one_of
 from kvjax.config import Config, to_dict
 from kvjax.matching import match
 from kvjax.results import run_name
+from kvjax.runs import CONVERSION, RESULT
 
 Matching = Literal["fixed", "params", "kv_bytes", "train_flops"]
 MATCHINGS = ("fixed", "params", "kv_bytes", "train_flops")
-RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _conversions(study, source, variants) -> Iterator[Job]:
                 name = f"{conversion.label}-{method}-{digest([source.name, target, how])}"
                 convert = ("experiments.convert", "--run", source.name, "--to", conversion.to, "--method", method)
                 convert += ("--fraction", str(fraction), "--out", name) if fraction > 0 else ("--out", name)
-                steps = (Step(convert, f"{name}/conversion.json"),)
+                steps = (Step(convert, f"{name}/{CONVERSION}"),)
                 if fraction > 0:
                     steps += (_train(name),)
                 yield Job(name, "conversions", {**source.about, **how, "source": source.name}, steps)

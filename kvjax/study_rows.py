@@ -7,6 +7,7 @@ from typing import Any
 from kvjax.metrics import read_metrics
 from kvjax.paired import at_best_rate
 from kvjax.results import read_json
+from kvjax.runs import CONVERSION
 from kvjax.study import Job
 from kvjax.sweep import Store
 
@@ -47,7 +48,7 @@ def _best(trained) -> dict[str, dict[int, Mapping[str, Any]]]:
 
 def _converted(job, row, best, store):
     """A conversion's figures: of the last step where it was trained on, else of the weights as they are."""
-    made = read_json(store.root / job.name / "conversion.json")
+    made = read_json(store.root / job.name / CONVERSION)
     score = row if job.about["fraction"] > 0 else made["scores"]["converted"]
     scratch = best.get(job.about["label"], {}).get(job.about["seed"])
     return _about(job) | {

@@ -8,10 +8,8 @@ from kvjax import results
 from kvjax.checkpoint import Checkpoints
 from kvjax.config import Config, to_dict
 from kvjax.data import Tokenizer
-from kvjax.runs import CHECKPOINTS, CONFIG, TOKENIZER
+from kvjax.runs import CHECKPOINTS, CONFIG, CONVERSION, TOKENIZER
 from kvjax.train import init_state
-
-CONVERSION = "conversion.json"
 
 
 def require_new(directory: Path) -> None:

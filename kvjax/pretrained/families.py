@@ -240,6 +240,9 @@ def _write_grouped(decoder, attention):
 def _write_latent(decoder, attention):
     if attention.window is not None:
         raise ValueError(f"attention.window={attention.window} of Latent has no counterpart in transformers")
+    if not attention.latent_norm or attention.rope_blocks > 1:
+        own = f"latent_norm={attention.latent_norm}, rope_blocks={attention.rope_blocks}"
+        raise ValueError(f"attention.{own} must be True and 1: transformers has no others")
     return {
         "num_key_value_heads": attention.num_heads,
         "kv_lora_rank": attention.rank,

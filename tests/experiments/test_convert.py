@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -60,6 +61,11 @@ def test_what_is_written_is_a_run(trained, tmp_path, command, capsys, small_text
     trained_on = np.asarray(model_of(out).layers[0].attention.q_DNH[...])
     assert 0 < np.abs(trained_on - first).max() < 0.1  # it went on from what was written
     assert json.loads((out / "result.json").read_text())["training_tokens"] == 5 * 4 * 8
+    shutil.rmtree(out / "checkpoints")
+    (out / "result.json").unlink()
+    assert command(train.run, ["--run", out]) == 2  # and not from random weights
+    assert "holds converted weights, and no sound checkpoint" in capsys.readouterr().err
+    assert not (out / "result.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -349,6 +349,7 @@ def test_what_has_no_counterpart_is_not_saved(tmp_path, saved):
     for attention, message in (
         (LowRank(6, head_dim=4, rank=11), "attention=LowRank has no counterpart in transformers"),
         (Grouped(6, 2, head_dim=4, window=5, num_sinks=1), "attention.num_sinks=1 has no counterpart"),
+        (Latent(6, rank=11, rope_dim=4, latent_norm=False), "attention.latent_norm=False, rope_blocks=1 must be"),
         (Grouped(6, 2, head_dim=4, qk_norm=True, norm_eps=1e-3), "attention.norm_eps=0.001 must equal"),
     ):
         with pytest.raises(ValueError) as error:
