@@ -48,6 +48,7 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--dry-run", action="store_true", help="list the jobs known so far, and how well they match"
     )
+    parser.add_argument("--status", action="store_true", help="work at nothing; show, and write, what is there")
     parser.add_argument("--json", type=cli.output_file, metavar="FILE", help="write results here at the end")
     known, rest = cli.part(parser, argv)
     cli.require_positive(known, "workers", "seeds")
@@ -78,7 +79,7 @@ def run(argv: Sequence[str]) -> int:
         """Results open new jobs: look until none does."""
         listed = first
         while True:
-            more = studies.jobs(study, store.finished(listed), frozenset(store.failed()))
+            more = studies.jobs(study, store.finished(listed), frozenset(store.failed(listed)))
             if len(more) == len(listed):
                 return more
             listed = more
@@ -96,17 +97,20 @@ def run(argv: Sequence[str]) -> int:
         listed = jobs_of()
         if options.index >= len(listed):
             raise ValueError(f"--index={options.index} must be below the number of jobs so far, {len(listed)}")
-        sweep.attempt(store, listed[options.index])
-        return int(listed[options.index].name in store.failed())
-    again = [*argv, "--worker"]
-    store.list(jobs_of())
-    if store.open(jobs_of()):
-        (submitted if options.slurm else watched)(options, again, store, jobs_of)
-    store.list(jobs_of())
-    print(table(store, jobs_of()))
+        job = listed[options.index]
+        sweep.attempt(store, job)
+        return 1 if store.failed([job]) else 0
+    if not options.status:
+        store.list(jobs_of())
+        if store.open(jobs_of()):
+            (submitted if options.slurm else watched)(options, [*argv, "--worker"], store, jobs_of)
+        store.list(jobs_of())
+    listed = jobs_of()
+    gathered, failed = study_rows.gathered(store, listed), store.failed(listed)
+    print("\n".join([*table(gathered), *standing(store, listed)]))
     if options.json is not None:
-        results.write_json(options.json, study_rows.gathered(store, jobs_of()))
-    return 1 if store.failed() else 0
+        results.write_json(options.json, gathered)
+    return 1 if failed else 0
 
 
 def studied(options: argparse.Namespace, rest: Sequence[str]) -> Any:
@@ -155,7 +159,7 @@ def submitted(options: argparse.Namespace, again: Sequence[str], store: Any, job
     command = submitit.helpers.CommandFunction([sys.executable, "-m", "experiments.sweep", *again], verbose=False)
     with executor.batch():
         submissions = [executor.submit(command) for _ in range(options.workers)]
-    print(f"submitted {', '.join(job.job_id for job in submissions)}; the same command again shows how they stand")
+    print(f"submitted {', '.join(job.job_id for job in submissions)}; --status shows how they stand")
     if options.cluster == "local":
         for job in submissions:
             job.result()
@@ -180,7 +184,7 @@ def watched(options: argparse.Namespace, again: Sequence[str], store: Any, jobs_
             if live is None and now - printed < 30.0:
                 continue
             printed = now
-            lines = _standing(store, jobs_of(), before, now - began)
+            lines = standing(store, jobs_of(), before, now - began)
             if live is not None:
                 live.update("\n".join(lines), refresh=True)
             else:
@@ -200,45 +204,37 @@ def _worker(again, share):
     return subprocess.Popen([sys.executable, "-m", "experiments.sweep", *again, *pinned])
 
 
-def _standing(store, jobs, before, seconds) -> list[str]:
-    """Done, left and under way, with the time left at the pace so far."""
+def standing(store: Any, jobs: Sequence[Any], before: int = 0, seconds: float = 0.0) -> list[str]:
+    """Done, left and under way; with the time left, at the pace since there were `before` results."""
     from kvjax.sweep import progress
 
-    finished, failed, claimed = store.finished(jobs), store.failed(), store.claimed()
+    finished, failed, claimed = store.finished(jobs), store.failed(jobs), store.claimed()
     ended = len(finished) + len(failed)
-    lines, parts = [], 0.0
+    lines, parts = [f"failed: {name}: {failure['message']}" for name, failure in failed.items()], 0.0
     for job in jobs:
         if job.name in claimed and job.name not in finished and job.name not in failed:
             made = progress(store.root, job)
             step = "" if made is None else f" step {made[0]}/{made[1]}"
             parts += 0.0 if made is None else made[0] / made[1]
             lines.append(f"  {job.stage:11} {job.name}{step}, heard of {claimed[job.name]:.0f} s ago")
-    pace = (len(finished) - before + parts) / seconds
-    left = "..." if pace <= 0 or seconds < 30 else f"{(len(jobs) - ended - parts) / pace / 60:.0f} min left"
+    done = len(finished) - before + parts
+    left = f", {(len(jobs) - ended - parts) * seconds / done / 60:.0f} min left" if done and seconds > 30 else ""
     failures = f", {len(failed)} failed" if failed else ""
-    return [f"{ended} of {len(jobs)} jobs known so far{failures}, {left}", *lines]
+    return [f"{ended} of {len(jobs)} jobs known so far{failures}{left}", *lines]
 
 
-def table(store: Any, jobs: Sequence[Any]) -> str:
-    """Trained runs side by side, and what failed."""
-    from kvjax.study_rows import gathered
-
-    head = (
-        f"{'run':34} {'lr':>8} {'seed':>4} {'parameters':>11} {'B/token':>8} {'bits/byte':>9} {'perplexity':>10}"
-    )
-    lines = [head]
-    found = gathered(store, jobs)
-    for row in found["rows"]:
-        lines.append(
-            f"{row['job']:34} {row['peak_lr']:>8.2g} {row['seed']:>4} {row['parameters']:>11,} "
-            f"{row['cache_bytes_per_token']:>8,.0f} {row['bits_per_byte']:>9.4f} {row['perplexity']:>10.2f}"
-        )
-    for row in found["conversions"]:
+def table(gathered: dict[str, Any]) -> list[str]:
+    """Trained runs side by side, and conversions of these."""
+    form = "{:34} {:>8} {:>4} {:>11} {:>8} {:>9} {:>10}"
+    lines = [form.format("run", "lr", "seed", "parameters", "B/token", "bits/byte", "perplexity")]
+    for row in gathered["rows"]:
+        sizes = f"{row['parameters']:,}", f"{row['cache_bytes_per_token']:,.0f}"
+        quality = f"{row['bits_per_byte']:.4f}", f"{row['perplexity']:.2f}"
+        lines.append(form.format(row["job"], f"{row['peak_lr']:.2g}", row["seed"], *sizes, *quality))
+    for row in gathered["conversions"]:
         what = f"{row['source']} to {row['label']} by {row['method']}, {row['fraction']:.0%} of the steps"
         lines.append(f"{what}: {row['bits_per_byte']:.4f} bits/byte")
-    lines.append(f"{len(found['codecs'])} rows of codecs on these")
-    lines += [f"failed: {name}: {failure['message']}" for name, failure in store.failed().items()]
-    return "\n".join(lines)
+    return [*lines, f"{len(gathered['codecs'])} rows of codecs on these"]
 
 
 if __name__ == "__main__":

@@ -70,12 +70,13 @@ class Store:
 
     def open(self, jobs: list[Job]) -> list[Job]:
         """Jobs without result or failure, whether or not somebody is at them."""
-        finished, failed = self.finished(jobs), self.failed()
+        finished, failed = self.finished(jobs), self.failed(jobs)
         return [job for job in jobs if job.name not in finished and job.name not in failed]
 
-    def failed(self) -> dict[str, dict[str, Any]]:
+    def failed(self, jobs: list[Job]) -> dict[str, dict[str, Any]]:
         """What went wrong with jobs that ended without a result, by name."""
-        return {path.stem: read_json(path) for path in sorted((self.root / FAILED).glob("*.json"))}
+        places = {job.name: self.root / FAILED / f"{job.name}.json" for job in jobs}
+        return {name: read_json(place) for name, place in places.items() if place.is_file()}
 
     def list(self, jobs: list[Job]) -> None:
         """Add jobs to the manifest, which names all that were ever wanted here."""

@@ -116,7 +116,7 @@ def test_a_stale_claim_has_one_heir_and_its_owner_gives_up(store, monkeypatch):
         began = time.monotonic()
         assert not store.do(slow, claim)
         assert claim.lost and time.monotonic() - began < 30
-    assert store.failed() == {} and store.finished([slow]) == {}
+    assert store.failed([slow]) == {} and store.finished([slow]) == {}
 
 
 def test_a_claim_is_kept_fresh(store, monkeypatch):
@@ -135,7 +135,7 @@ def test_a_claim_is_kept_fresh(store, monkeypatch):
 def test_a_failure_is_kept_with_its_last_words_and_done_again_only_when_asked(store):
     every = [job("bad", status=1), job("good")]
     assert sweep.work(store, lambda: every) == 2
-    assert store.failed() == {
+    assert store.failed(every) == {
         "bad": {"command": ["job", "bad", "0.0", "1"], "status": 1, "message": "no result: bad"}
     }
     assert sweep.work(store, lambda: every) == 0
@@ -153,7 +153,7 @@ def test_a_configuration_is_written_before_the_command_and_not_over_one(store):
 def test_a_step_whose_work_is_there_is_not_done_again(store):
     first, second = job("first").steps[0], Step(("job", "second", "0", "1"), "second/result.json")
     both = [Job("both", "rates", {}, (first, second))]
-    assert sweep.work(store, lambda: both) == 1 and list(store.failed()) == ["both"]
+    assert sweep.work(store, lambda: both) == 1 and list(store.failed(both)) == ["both"]
     (store.root / "job.py").write_text(JOB.replace("if status:", "if not status:"))
     store.forget_failures()
     assert sweep.work(store, lambda: both) == 1 and started(store) == ["first", "second", "second"]
