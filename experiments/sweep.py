@@ -38,7 +38,7 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--store", type=Path, metavar="DIR", help="of all runs (default: runs/sweep-NAME)")
     how = parser.add_argument_group("who works")
     how.add_argument("--workers", type=int, default=1, help="processes here, or Slurm jobs (default: 1)")
-    how.add_argument("--index", type=int, metavar="I", help="do job I of --dry-run's list, and no other")
+    how.add_argument("--index", type=int, metavar="I", help="do job I of the manifest, which --status writes")
     how.add_argument("--slurm", action="store_true", help="submit the workers (extra: slurm)")
     how.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="submitit's (default: slurm)")
     how.add_argument("--slurm-options", metavar="A=B,C=D", default="", help="as partition=gpu,gpus_per_node=1")
@@ -94,17 +94,13 @@ def run(argv: Sequence[str]) -> int:
         if options.index is None:
             sweep.work(store, jobs_of)
             return 0
-        listed = jobs_of()
-        if options.index >= len(listed):
-            raise ValueError(f"--index={options.index} must be below the number of jobs so far, {len(listed)}")
-        job = listed[options.index]
+        job = numbered(store, jobs_of(), options.index)
         sweep.attempt(store, job)
         return 1 if store.failed([job]) else 0
-    if not options.status:
-        store.list(jobs_of())
-        if store.open(jobs_of()):
-            (submitted if options.slurm else watched)(options, [*argv, "--worker"], store, jobs_of)
-        store.list(jobs_of())
+    store.record(jobs_of())
+    if store.open(jobs_of()) and not options.status:
+        (submitted if options.slurm else watched)(options, [*argv, "--worker"], store, jobs_of)
+        store.record(jobs_of())
     listed = jobs_of()
     gathered, failed = study_rows.gathered(store, listed), store.failed(listed)
     print("\n".join([*table(gathered), *standing(store, listed)]))
@@ -144,7 +140,20 @@ def listing(study: Any, jobs: Sequence[Any], store: Any) -> list[str]:
     if study.matching != "fixed":
         lines.append(f"{study.matching} as {study.reference} by {study.free}; residuals:")
         lines += [f"  {label:20} {residual:+.3%}" for label, (_, residual) in matched(study).items()]
-    return lines + [f"{i:4} {job.stage:11} {job.name}" for i, job in enumerate(jobs)]
+    return lines + [f"{job.stage:11} {job.name}" for job in jobs]
+
+
+def numbered(store: Any, jobs: Sequence[Any], index: int) -> Any:
+    """The job of that place in the manifest, which does not change as jobs are added to it."""
+    names, known = store.listed(), {job.name: job for job in jobs}
+    if not 0 <= index < len(names):
+        raise ValueError(
+            f"--index={index} must be at least 0 and below {len(names)}, the jobs in {store.root}'s manifest; "
+            "--status adds those known by now"
+        )
+    if names[index] not in known:
+        raise ValueError(f"--index={index} is {names[index]}, which is not of this sweep")
+    return known[names[index]]
 
 
 def submitted(options: argparse.Namespace, again: Sequence[str], store: Any, jobs_of: Any) -> None:

@@ -131,10 +131,11 @@ def jobs(
         for label in variants
         if ended[label]
     }
-    known = [*_in_turn(rates), *_in_turn(seeds)]
+    known = _in_turn(rates)
     if study.codecs:
         chosen = {label: trained[: study.codec_seeds] for label, trained in seeds.items()}
         known += [_codecs(study, run) for run in _in_turn(chosen) if run.name in finished]
+    known += _in_turn(seeds)
     for source in seeds.get(study.reference, [])[:1]:
         if source.name in finished:
             known += _conversions(study, source, variants)

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -78,12 +79,17 @@ class Store:
         places = {job.name: self.root / FAILED / f"{job.name}.json" for job in jobs}
         return {name: read_json(place) for name, place in places.items() if place.is_file()}
 
-    def list(self, jobs: list[Job]) -> None:
+    def record(self, jobs: list[Job]) -> None:
         """Add jobs to the manifest, which names all that were ever wanted here."""
         path = self.root / MANIFEST
         known = read_json(path) if path.is_file() else {}
         if any(job.name not in known for job in jobs):
             write_json(path, known | {job.name: dataclasses.asdict(job) for job in jobs})
+
+    def listed(self) -> list[str]:
+        """Names of the manifest's jobs, in the order in which they were added."""
+        path = self.root / MANIFEST
+        return list(read_json(path)) if path.is_file() else []
 
     def forget_failures(self) -> None:
         """Failed jobs are to be done again."""
@@ -143,12 +149,10 @@ class Store:
 
     def _now(self) -> float:
         """The file system's clock, which may not be this host's."""
-        probe = self.root / CLAIMS / f".clock-{socket.gethostname()}-{os.getpid()}"
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        now = probe.stat().st_mtime
-        probe.unlink(missing_ok=True)
-        return now
+        folder = self.root / CLAIMS
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock-") as probe:
+            return os.fstat(probe.fileno()).st_mtime
 
 
 def _run(command, root, log, stop) -> int:

@@ -161,8 +161,8 @@ def test_a_step_whose_work_is_there_is_not_done_again(store):
 
 
 def test_the_manifest_keeps_all_jobs_that_were_ever_wanted(store):
-    store.list([job("a")])
-    store.list([job("b"), job("c")])
+    store.record([job("a")])
+    store.record([job("b"), job("c")])
     manifest = read_json(store.root / "manifest.json")
     assert list(manifest) == ["a", "b", "c"] and manifest["b"]["steps"] == [
         [["job", "b", "0.0", "0"], "b/result.json"]

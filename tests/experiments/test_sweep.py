@@ -18,9 +18,7 @@ SMALL = [
 
 
 def names(output: str) -> list[str]:
-    return [line.split()[-1] for line in output.splitlines() if line.split()[:1] and line.split()[0].isdecimal()][
-        1:
-    ]
+    return [line.split()[-1] for line in output.splitlines() if line.split()[:1] in (["rates"], ["seeds"])]
 
 
 @pytest.fixture
@@ -70,6 +68,8 @@ def test_jobs_are_listed_and_nothing_is_written(tmp_path, command, capfd, listed
 def test_one_job_by_its_index(tmp_path, command, listed, monkeypatch):
     monkeypatch.setattr("kvjax.sweep._run", lambda arguments, root, log, stop: write_result(root, arguments))
     monkeypatch.setattr(sweep.signal, "signal", lambda signum, handler: None)
+    assert command(sweep.run, [*SMALL, "--store", tmp_path, "--index", "1"]) == 2  # no manifest yet
+    assert command(sweep.run, [*SMALL, "--store", tmp_path, "--status"]) == 0
     assert command(sweep.run, [*SMALL, "--store", tmp_path, "--index", "1"]) == 0
     assert [(tmp_path / job.result).exists() for job in listed[1]] == [False, True]
     assert command(sweep.run, [*SMALL, "--store", tmp_path, "--index", "2"]) == 2
