@@ -124,5 +124,24 @@ def _print(row: dict[str, Any]) -> None:
     print(f"memory of the process, all programs loaded: at most {row['peak_resident_bytes'] / MIB:,.0f} MiB")
 
 
+def ensemble_table(files: dict[str, dict[str, Any]]) -> str:
+    """Markdown of committed results, by file: a line for each number of members."""
+    lines = [
+        "| configuration | members | times as fast as alone: median (range) | MiB of a device |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, row in files.items():
+        train, context = row["config"]["train"], row["config"]["data"]["context"]
+        size = f"`{name}`: batch {train['batch_size']}, context {context}"
+        lines.append(f"| {size} | alone | 1 | {row['alone']['program_bytes'] / MIB:,.1f} |")
+        for side in row["together"]:
+            ratio = side["ratio_to_alone"]
+            lines.append(
+                f"| {size} | {side['members']} | {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) "
+                f"| {side['program_bytes'] / MIB:,.1f} |"
+            )
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     cli.main(run)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
+from experiments.benchmark_ensemble import ensemble_table
 from experiments.capacity import claims_table
 from experiments.codec_tables import CODEC_TABLES, speed
 from experiments.compare import comparison_table, expected_table
@@ -150,6 +151,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "pretrained": pretrained,
     "downstream": downstream,
     "codec_speed": speed,
+    "ensemble": ensemble_table,
     "comparison": comparison_table,
     "expected": expected_table,
     "claims": lambda files: claims_table([row for file in files.values() for row in file["rows"]]),

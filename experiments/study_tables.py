@@ -21,7 +21,8 @@ def variants(files: Rows) -> str:
     ]
     labels = list(dict.fromkeys(row["label"] for row in rows))
     best = {label: at_best_rate(_of(rows, label)) for label in labels}
-    comparisons = {label: paired(rows, label, REFERENCE) for label in labels if label != REFERENCE}
+    others = [label for label in labels if label != REFERENCE] if REFERENCE in labels else []
+    comparisons = {label: paired(rows, label, REFERENCE) for label in others}
     ranked = {one.label: one for one in ranking(list(comparisons.values()))} if comparisons else {}
     for label in sorted(labels, key=lambda label: -_first(best[label])["cache_bytes_per_token"]):
         runs, first = best[label], _first(best[label])
@@ -63,7 +64,7 @@ def rates(files: Rows) -> str:
     """Bits per byte at every rate, over the seeds that all rates have."""
     rows = _all(files, "rows")
     tried = sorted({row["peak_lr"] for row in rows})
-    lines = [f"| variant | {' | '.join(f'{rate:.1e}' for rate in tried)} |", "|---|" + "---:|" * len(tried)]
+    lines = _head(["variant"], [f"{rate:.1e}" for rate in tried])
     for label in dict.fromkeys(row["label"] for row in rows):
         means, _ = mean_losses(_of(rows, label))
         least = min(means.values())
@@ -76,9 +77,9 @@ def rates(files: Rows) -> str:
 
 def codecs(files: Rows) -> str:
     """Bytes a token and perplexity against the variant's own exact cache, mean (and range) over seeds."""
-    rows = _all(files, "codecs")
-    names = list(dict.fromkeys(row["codec"] for row in rows if row["codec"] != "exact"))
-    lines = [f"| variant | {' | '.join(f'`{name}`' for name in names)} |", "|---|" + "---:|" * len(names)]
+    rows = [row for row in _all(files, "codecs") if row["codec"] != "exact"]
+    names = list(dict.fromkeys(row["codec"] for row in rows))
+    lines = _head(["variant"], [f"`{name}`" for name in names])
     for label in dict.fromkeys(row["label"] for row in rows):
         cells = []
         for name in names:
@@ -95,11 +96,8 @@ def conversions(files: Rows) -> str:
     """Bits per byte of converted weights, by how long they were trained on."""
     rows = _all(files, "conversions")
     fractions = sorted({row["fraction"] for row in rows})
-    heads = " | ".join(f"{fraction:.0%} of the steps" if fraction else "as converted" for fraction in fractions)
-    lines = [
-        f"| from `mha` to | method | {heads} | from scratch | source |",
-        "|---|---|" + "---:|" * (len(fractions) + 2),
-    ]
+    heads = [f"{fraction:.0%} of the steps" if fraction else "as converted" for fraction in fractions]
+    lines = _head(["from `mha` to", "method"], [*heads, "from scratch", "source"])
     for label, method in dict.fromkeys((row["label"], row["method"]) for row in rows):
         found = {row["fraction"]: row for row in rows if (row["label"], row["method"]) == (label, method)}
         cell = lambda fraction, found=found: f"{found[fraction]['bits_per_byte']:.4f}" if fraction in found else ""
@@ -110,6 +108,11 @@ def conversions(files: Rows) -> str:
             f"| {'' if scratch is None else f'{scratch:.4f}'} | {any_of['source_bits_per_byte']:.4f} |"
         )
     return "\n".join(lines)
+
+
+def _head(texts: Sequence[str], numbers: Sequence[str]) -> list[str]:
+    """First lines of a table: columns of text, then columns of numbers."""
+    return [f"| {' | '.join([*texts, *numbers])} |", "|" + "---|" * len(texts) + "---:|" * len(numbers)]
 
 
 def _spread(values: Sequence[float], form: str) -> str:

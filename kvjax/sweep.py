@@ -3,8 +3,11 @@
 A claim is a file made exclusively, `claims/JOB.0`; its owner touches it now and then. One that was not touched for
 `STALE_SECONDS` is overtaken by making `claims/JOB.1`, which only one worker can; the former owner, should it be
 alive, sees that and stops. Nothing is locked, so a store may lie on a shared file system.
+
+A worker may claim several training jobs and do them by one command (`experiments.train_together`).
 """
 
+import contextlib
 import dataclasses
 import os
 import socket
@@ -13,13 +16,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from kvjax.metrics import read_metrics
 from kvjax.results import read_json, run_name, write_json
-from kvjax.study import Job
+from kvjax.study import Job, alike
 
 BEAT_SECONDS = 15.0
 STALE_SECONDS = 120.0
@@ -27,7 +30,7 @@ MANIFEST, CLAIMS, FAILED, LOGS, CONFIG = "manifest.json", "claims", "failed", "l
 
 
 class Claim:
-    """A job of this worker's, kept fresh by a thread until the block ends."""
+    """A job of this worker's, kept fresh by a thread until the block ends, and then let go."""
 
     def __init__(self, path: Path):
         self._path, self._ended, self._lost = path, threading.Event(), threading.Event()
@@ -40,6 +43,13 @@ class Claim:
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
         self._thread.join()
+        if not self.lost:
+            self.release()
+
+    def release(self) -> None:
+        """Let the job go, with what claims were left of it."""
+        for path in self._path.parent.glob(f"{self._path.stem}.*"):
+            path.unlink(missing_ok=True)
 
     @property
     def lost(self) -> bool:
@@ -106,7 +116,9 @@ class Store:
         return ages
 
     def claim(self, job: Job) -> Claim | None:
-        """This worker's claim, None where another worker's stands."""
+        """This worker's claim, None where another worker's stands or there is a result."""
+        if (self.root / job.result).is_file():
+            return None
         folder = self.root / CLAIMS
         folder.mkdir(parents=True, exist_ok=True)
         claims = [path for path in folder.glob(f"{run_name(job.name)}.*") if path.suffix[1:].isdecimal()]
@@ -120,32 +132,42 @@ class Store:
                 file.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
         except FileExistsError:
             return None
-        return Claim(path)
+        claim = Claim(path)
+        if (self.root / job.result).is_file():  # its owner ended it and let go just before
+            claim.release()
+            return None
+        return claim
 
-    def release(self, job: Job) -> None:
-        """Claims of a job that has ended."""
-        for path in (self.root / CLAIMS).glob(f"{job.name}.*"):
-            path.unlink(missing_ok=True)
+    def do(self, jobs: Sequence[Job], lost: Callable[[], bool]) -> None:
+        """Run a job's steps, or one command for several, until all is done, a command fails or `lost` says so.
 
-    def do(self, job: Job, claim: Claim) -> bool:
-        """Run a job's steps; whether there is a result. What they print goes to the job's log."""
-        if job.config is not None and not (self.root / job.name / CONFIG).exists():
-            write_json(self.root / job.name / CONFIG, dict(job.config))
+        What they print goes to the log of the first. A job without a result then has failed.
+        """
+        for job in jobs:
+            if job.config is not None and not (self.root / job.name / CONFIG).exists():
+                write_json(self.root / job.name / CONFIG, dict(job.config))
         (self.root / LOGS).mkdir(exist_ok=True)
-        path = self.root / LOGS / f"{job.name}.log"
-        for step in job.steps:
-            if (self.root / step.makes).exists():
-                continue
+        path = self.root / LOGS / f"{jobs[0].name}.log"
+        command: tuple[str, ...] = ()
+        status = start = 0
+        for command in self._commands(jobs):
             with open(path, "ab") as log:
-                status = _run(step.arguments, self.root, log, lambda: claim.lost)
-            if claim.lost:
-                return False
+                start = log.tell()
+                status = _run(command, self.root, log, lost)
+            if lost():
+                return
             if status != 0:
-                tail = path.read_text(errors="replace").strip().splitlines()[-1:]
-                failure = {"command": list(step.arguments), "status": status, "message": "".join(tail)}
+                break
+        for job in jobs:
+            if not (self.root / job.result).is_file():
+                printed = path.read_bytes()[start:].decode(errors="replace").strip().splitlines()
+                failure = {"command": list(command), "status": status, "message": _last_words(printed, job.name)}
                 write_json(self.root / FAILED / f"{job.name}.json", failure)
-                return False
-        return (self.root / job.result).is_file()
+
+    def _commands(self, jobs):
+        if len(jobs) > 1:
+            return [("experiments.train_together", "--runs", *(job.name for job in jobs))]
+        return [step.arguments for step in jobs[0].steps if not (self.root / step.makes).exists()]
 
     def _now(self) -> float:
         """The file system's clock, which may not be this host's."""
@@ -153,6 +175,12 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock-") as probe:
             return os.fstat(probe.fileno()).st_mtime
+
+
+def _last_words(printed, name) -> str:
+    """What was printed of a run that stopped while others went on, or the last line."""
+    stopped = [line.removeprefix(f"{name} ") for line in printed if line.startswith(f"{name} stopped: ")]
+    return "".join((stopped or printed)[-1:])
 
 
 def _run(command, root, log, stop) -> int:
@@ -185,39 +213,38 @@ def _checkout() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
-def work(store: Store, jobs_of: Callable[[], list[Job]], poll_seconds: float = 5.0) -> int:
+def work(store: Store, jobs_of: Callable[[], list[Job]], poll_seconds: float = 5.0, together: int = 1) -> int:
     """Do jobs that nobody does until all have ended; how many were done here.
 
-    `jobs_of` lists those known so far.
+    `jobs_of` lists those known so far. Up to `together` that are alike are done at a time.
     """
     done = 0
     while open_jobs := store.open(jobs_of()):
         for job in open_jobs:
-            if attempt(store, job):
-                done += 1
-                break  # its result may open others that come first
+            others = [other for other in open_jobs if alike(job, other)] if together > 1 else []
+            if ended := attempt(store, [job, *others], together):
+                done += ended
+                break  # results may open others that come first
         else:
             time.sleep(poll_seconds)  # what others are at may open new jobs
     return done
 
 
-def attempt(store: Store, job: Job) -> bool:
-    """Whether this worker claimed the job, did it and left a result or a failure."""
-    if (store.root / job.result).is_file():
-        return False
-    claim = store.claim(job)
-    if claim is None:
-        return False
-    with claim:
-        if (store.root / job.result).is_file():  # its owner ended it and let go just before
-            store.release(job)
-            return False
-        try:
-            store.do(job, claim)
-        finally:  # also where this worker is told to stop: others need not wait
-            if not claim.lost:
-                store.release(job)
-    return not claim.lost
+def attempt(store: Store, jobs: Sequence[Job], most: int = 1) -> int:
+    """Claim the first of these jobs, and then others up to `most`, and do them; how many have ended by that."""
+    with contextlib.ExitStack() as held:  # claims are let go also where this worker is told to stop
+        mine: list[Job] = []
+        claims: list[Claim] = []
+        for job in jobs:
+            claim = store.claim(job) if len(mine) < most else None
+            if claim is not None:
+                mine.append(job)
+                claims.append(held.enter_context(claim))
+            elif not mine:
+                return 0
+        lost = lambda: any(claim.lost for claim in claims)
+        store.do(mine, lost)
+        return 0 if lost() else len(mine)
 
 
 def progress(root: Path, job: Job) -> tuple[int, int] | None:

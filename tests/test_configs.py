@@ -4,14 +4,22 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import cli
+from experiments import cli, convert
 from kvjax import accounting
-from kvjax.config import Config
+from kvjax.attention.latent import Latent
+from kvjax.codecs.statistics import ArrayStatistics, Moments, Statistics
+from kvjax.config import Config, to_dict
 from kvjax.data.config import DataConfig
 from kvjax.data.tokenizer import ByteTokenizer
+from kvjax.dry_run import vocabulary
+from kvjax.recipe_build import build
+from kvjax.recipes import parse
+from kvjax.results import write_json
+from kvjax.study import Study, matched
 
 # What the cache holds of a token and layer, counted by hand.
 ELEMENTS = {
@@ -23,6 +31,16 @@ ELEMENTS = {
     "mla": 64 + 16,
     "mqa": 2 * 1 * 24,
     "tiny": 2 * 2 * 16,
+}
+# The same of a study's variants; those of equal bytes are each other's controls.
+STUDIES = {
+    "kv_cache": {
+        "mha": 2 * 8 * 24,
+        "gqa4": 2 * 4 * 24,
+        **{"gqa2": 96, "low_rank96": 96},
+        **{"mqa": 48, "mha_small_heads": 48, "low_rank48": 48, "mla32": 48},
+        "mla64": 64 + 16,
+    }
 }
 
 
@@ -87,3 +105,89 @@ def test_gpt2_small_sized_preset():
 def test_presets_are_the_files(tmp_path):
     names = sorted(p.stem for p in (tmp_path / cli.__file__).parents[1].glob("configs/*.py"))
     assert cli.presets() == [name for name in names if re.fullmatch("[a-z0-9_]+", name) and name != "__init__"]
+
+
+@pytest.fixture(scope="module", params=cli.studies())
+def study(request) -> Study:
+    return cli.study(request.param)
+
+
+@pytest.fixture(scope="module")
+def variants(study) -> dict[str, tuple[Config, float]]:
+    """Its matched configurations, and by how much each misses the reference."""
+    return matched(study)
+
+
+def test_every_study_tells_its_story(study):
+    (name,) = [name for name in cli.studies() if cli.study(name) is study]
+    story = importlib.import_module(f"configs.studies.{name}").__doc__ or ""
+    assert len(story) >= 100 and f"`python -m experiments.sweep --study {name}" in story
+
+
+def test_matched_variants_differ_in_attention_and_the_free_field(study, variants):
+    """Parameters counted from the shapes of the whole model, not by the matching."""
+    reference = study.variants[study.reference]
+    size = lambda config: accounting.num_parameters(accounting.abstract_params(config, vocabulary(config.data)))
+    section, _, field = study.free.partition(".")
+    for label, (config, residual) in variants.items():
+        assert abs(residual) < 1e-3, label
+        if study.matching == "params":
+            assert residual == pytest.approx(size(config) / size(reference) - 1, abs=1e-12)
+        free = dataclasses.replace(
+            getattr(config, section), **{field: getattr(getattr(reference, section), field)}
+        )
+        assert dataclasses.replace(config, attention=reference.attention, **{section: free}) == reference
+
+
+@pytest.mark.parametrize(("name", "elements"), STUDIES.items(), ids=STUDIES)
+def test_bytes_of_a_studys_variants_by_hand(name, elements):
+    """As declared, and in arrays."""
+    found = {}
+    for label, config in cli.study(name).variants.items():
+        cache = accounting.abstract_cache(config, 257, 1, 8, jnp.dtype("float32"))
+        found[label] = accounting.declared_bytes_per_token(config, 4), cache.bytes_per_token()
+    depth = {config.decoder.depth for config in cli.study(name).variants.values()}
+    assert depth == {4} and found == {label: (4 * 4 * count,) * 2 for label, count in elements.items()}
+
+
+def test_a_studys_codecs_are_named_as_their_rows_and_fit_every_variant(study, variants):
+    """Calibrated to what is as good as anything here: unit moments."""
+    broken = []
+    for label, (config, _) in variants.items():
+        entry = accounting.entry(config.attention, config.decoder.width, jnp.dtype("float32"))
+        known = {name: unit_statistics(a.shape) for name, a in entry.items()}
+        statistics = Statistics((known,), study.calibration_tokens, config.data.context, "text", "model")
+        for text in study.codecs:
+            assert parse(text).text == text
+            try:
+                build(parse(text), [entry], statistics, context=config.data.context)
+            except ValueError as error:
+                broken.append(f"{label}: {error}")
+    assert not broken
+
+
+def unit_statistics(shape: tuple[int, ...]) -> ArrayStatistics:
+    """Of an array `[B, K, T, F]` or `[B, T, F]`."""
+    *lead, F = *shape[1:-2], shape[-1]
+    moments = Moments(100, np.zeros((*lead, F)), np.broadcast_to(np.eye(F), (*lead, F, F)), None, 3.0)
+    return ArrayStatistics(moments, moments, None, None)
+
+
+def test_a_studys_conversions_are_commands_that_make_its_variants(study, tmp_path):
+    """Preset, method and steps are those that `experiments.convert` takes of the reference's run.
+
+    What it makes is the variant, without a norm on MLA's latent: the source's keys and values have none.
+    """
+    source = study.variants[study.reference]
+    write_json(tmp_path / "run" / "config.json", to_dict(source))
+    run = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / "new")]
+    for conversion in study.conversions:
+        wanted = study.variants[conversion.label].attention
+        assert cli.preset(conversion.to).attention == wanted
+        fields = {**dataclasses.asdict(wanted), **({"latent_norm": False} if isinstance(wanted, Latent) else {})}
+        for method in conversion.methods:
+            for fraction in (fraction for fraction in conversion.fractions if fraction > 0):
+                how = ["--to", conversion.to, "--method", method, "--fraction", str(fraction)]
+                _, _, made = convert.arguments([*run, *how])
+                assert type(made.attention) is type(wanted) and dataclasses.asdict(made.attention) == fields
+                assert made.train.steps == fraction * source.train.steps

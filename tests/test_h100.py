@@ -225,3 +225,26 @@ def test_the_training_step(device):
     heads = config.attention.num_heads
     scores = 4 * heads * T * T * 4
     assert not [line for _, size, line in buffers(program, scores)]
+
+
+def test_members_share_their_kernels(device):
+    """Four runs as one program have about as many instructions to launch as one."""
+    import numpy as np
+    from jax.sharding import Mesh
+
+    from configs import tiny
+    from kvjax import ensemble, sharding
+
+    config = dataclasses.replace(tiny.config, train=dataclasses.replace(tiny.config.train, dtype="bfloat16"))
+    mesh = Mesh(np.array([device]), (sharding.AXIS,))
+    counts = {}
+    for number in (1, 4):
+        members = ensemble.Members(config, tuple(range(number)), (1e-3,) * number)
+        states = on(device, jax.eval_shape(lambda members=members: ensemble.init_states(members, 257)))
+        shape = (config.train.batch_size, number, config.data.context)
+        tokens = on(device, jax.ShapeDtypeStruct(shape, jnp.int32))
+        step = ensemble.make_step(members, 257, mesh)
+        program = step.lower(states, {"tokens_BT": tokens, "targets_BT": tokens}).compile()
+        assert program.memory_analysis().alias_size_in_bytes >= nbytes(states)
+        counts[number] = len({line for _, _, line in buffers(program, 1)})
+    assert counts[4] < 1.1 * counts[1]

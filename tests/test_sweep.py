@@ -114,7 +114,7 @@ def test_a_stale_claim_has_one_heir_and_its_owner_gives_up(store, monkeypatch):
     assert sum(heir is not None for heir in heirs) == 1
     with claim:
         began = time.monotonic()
-        assert not store.do(slow, claim)
+        store.do([slow], lambda: claim.lost)
         assert claim.lost and time.monotonic() - began < 30
     assert store.failed([slow]) == {} and store.finished([slow]) == {}
 
@@ -167,3 +167,96 @@ def test_the_manifest_keeps_all_jobs_that_were_ever_wanted(store):
     assert list(manifest) == ["a", "b", "c"] and manifest["b"]["steps"] == [
         [["job", "b", "0.0", "0"], "b/result.json"]
     ]
+
+
+def training(label: str, seed: int, peak_lr: float = 1e-3, width: int = 8) -> Job:
+    config = {"seed": seed, "optimizer": {"peak_lr": peak_lr}, "decoder": {"width": width}}
+    name = f"{label}-{seed}-{peak_lr}-{width}"
+    step = Step(("experiments.train", "--run", name), f"{name}/result.json")
+    return Job(name, "rates", {"label": label}, (step,), config)
+
+
+@pytest.fixture
+def commands(store, monkeypatch):
+    """What workers ran, with the jobs claimed meanwhile; all have results, but of seed 666."""
+    ran = []
+
+    def run(command, root, log, stop) -> int:
+        names = [argument for argument in command[1:] if not argument.startswith("--")]
+        ran.append((command[0], names, set(store.claimed())))
+        bad = [name for name in names if "-666-" in name]
+        for name in names:
+            if name not in bad:
+                write_json(root / name / "result.json", {"of": name})
+        for name in bad:
+            log.write(f"{name} stopped: its loss is not finite\n".encode())
+        log.write(b"the last line\n")
+        return 1 if bad else 0
+
+    monkeypatch.setattr(sweep, "_run", run)
+    return ran
+
+
+def test_jobs_that_differ_in_seed_and_rate_alone_go_together(store, commands):
+    every = [training("a", 0), training("b", 0), training("a", 1), job("other"), training("a", 0, 2e-3)]
+    every += [training("a", 2, width=9), training("a", 3), training("b", 1)]
+    assert sweep.work(store, lambda: every, together=3) == len(every)
+    groups = [[0, 2, 4], [1, 7], [3], [5], [6]]
+    assert [set(names) & {job.name for job in every} for _, names, _ in commands] == [
+        {every[i].name for i in group} for group in groups
+    ]
+    one, several = "experiments.train", "experiments.train_together"
+    assert [command for command, _, _ in commands] == [several, several, "job", one, one]
+    assert [claimed for _, _, claimed in commands] == [{every[i].name for i in group} for group in groups]
+    assert store.claimed() == {} and store.failed(every) == {} and len(store.finished(every)) == len(every)
+    assert all(read_json(store.root / job.name / "config.json") == job.config for job in every if job.config)
+
+
+def test_members_that_others_do_are_left_to_them(store, commands):
+    every = [training("a", seed) for seed in range(4)]
+    theirs = store.claim(every[1])
+    write_json(store.root / every[2].result, {"of": "another worker"})
+    assert sweep.attempt(store, every, 4) == 2
+    assert commands == [
+        ("experiments.train_together", [every[0].name, every[3].name], {every[i].name for i in (0, 1, 3)})
+    ]
+    assert theirs is not None and list(store.claimed()) == [every[1].name]
+
+
+def test_a_member_without_result_fails_alone(store, commands):
+    every = [training("a", 0), training("a", 666), training("a", 2)]
+    assert sweep.work(store, lambda: every, together=4) == 3
+    assert list(store.finished(every)) == [every[0].name, every[2].name]
+    names = [job.name for job in every]
+    assert store.failed(every) == {
+        names[1]: {
+            "command": ["experiments.train_together", "--runs", *names],
+            "status": 1,
+            "message": "stopped: its loss is not finite",
+        }
+    }
+    assert store.claimed() == {}
+
+
+def test_a_command_that_breaks_fails_all_of_its_members_with_its_last_line(store, monkeypatch):
+    every = [training("a", 0), training("a", 1)]
+    monkeypatch.setattr(sweep, "_run", lambda command, root, log, stop: (log.write(b"x\nno memory\n"), 137)[1])
+    assert sweep.work(store, lambda: every, together=2) == 2
+    assert [failure["message"] for failure in store.failed(every).values()] == ["no memory"] * 2
+
+
+def test_all_stop_where_one_claim_is_lost(store, monkeypatch):
+    monkeypatch.setattr(sweep, "BEAT_SECONDS", 0.02)
+    every = [training("a", 0), training("a", 1)]
+
+    def run(command, root, log, stop) -> int:
+        os.utime(store.root / "claims" / f"{every[1].name}.0", (0, 0))
+        (store.root / "claims" / f"{every[1].name}.1").touch()  # as an heir would
+        deadline = time.monotonic() + 20
+        while not stop() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return 143
+
+    monkeypatch.setattr(sweep, "_run", run)
+    assert sweep.attempt(store, every, 2) == 0
+    assert store.failed(every) == {} and list(store.claimed()) == [every[1].name]

@@ -33,7 +33,7 @@ study = Study(
     matching="params",
     peak_lrs=(3e-3, 1.5e-3, 6e-3),
     seeds=4,
-    codecs=("exact", "fp16", "int8", "fp8", "nvfp4", "hadamard+nvfp4"),
+    codecs=("exact", "fp16", "int8", "fp8", "nvfp4", "haar+nvfp4", "pca50%+fp16"),
     codec_seeds=2,
     conversions=(
         Conversion("gqa4", "gqa4", ("mean", "first", "random")),

@@ -56,7 +56,7 @@ def memory_against_context(
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=10)
     axis.set_xticks(contexts, [_short(context) for context in contexts])
-    room = 0.24 if len(dtypes) == 1 else 0.4  # of the range, for the labels
+    room = 0.3 if len(dtypes) == 1 else 0.4  # of the range, for the labels
     axis.set_xlim(contexts[0] / 1.3, contexts[-1] * (contexts[-1] / contexts[0]) ** room)
     axis.yaxis.set_major_formatter("{x:g}")
     axis.grid(alpha=0.25, lw=0.6)

@@ -37,7 +37,8 @@ def loss_curves(
     first = dict(curves[reference]) if reference is not None else {}
     written: list[list[End]] = [[], []]
     for place, (label, points) in enumerate(curves.items()):
-        style = {"ls": DASHES[place % len(DASHES)], "color": SHADES[place // 2 % len(SHADES)], "lw": 1.1}
+        shade = SHADES[(place // 2 + place // len(DASHES)) % len(SHADES)]  # no two styles are alike
+        style = {"ls": DASHES[place % len(DASHES)], "color": shade, "lw": 1.1}
         x, y = smoothed(points, window, label)
         axes[0][0].plot(x, y, label=label, **style)
         differences = [(tokens, loss - first[tokens]) for tokens, loss in points if tokens in first]

@@ -7,13 +7,18 @@ from experiments import report
 
 ROOT = Path(__file__).parents[2]
 ROWS = report.read_rows("presets", ROOT)
+LATER = {"study_codecs": "codecs", "study_conversions": "conversions"}
+"""Tables whose rows come last in a study, and need not be there yet; the name of these rows in its files."""
 
 
 @pytest.mark.parametrize("name", report.TABLES)
 def test_readme_shows_the_committed_rows(name):
     text, rows = (ROOT / "README.md").read_text(), report.read_rows(name, ROOT)
+    table = report.TABLES[name](rows)
     assert rows, "no committed rows"
-    assert report.insert(text, name, report.TABLES[name](rows)) == text, "run python -m experiments.report"
+    due = name not in LATER or any(file[LATER[name]] for file in rows.values())
+    assert (len(table.splitlines()) > 2) == due, "a table has lines below its head where there are rows for it"
+    assert report.insert(text, name, table) == text, "run python -m experiments.report"
 
 
 @pytest.mark.parametrize("name", ROWS)

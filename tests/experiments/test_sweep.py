@@ -1,3 +1,8 @@
+import codecs
+import contextlib
+import functools
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -5,10 +10,12 @@ from pathlib import Path
 import pytest
 
 import kvjax.sweep
-from experiments import sweep, train
+from experiments import sweep
+from kvjax import ensemble, loop
 from kvjax.results import read_json, write_json
 from kvjax.study import jobs
 
+ROOT = Path(__file__).parents[2]
 SMALL = [
     *("--config", "tiny", "--over", "attention.num-kv-heads=1,2", "--decoder.width", "8", "--decoder.depth", "1"),
     *("--attention.num-heads=2", "--attention.head-dim=4", "--decoder.mlp-width", "12", "--data.context", "8"),
@@ -21,12 +28,29 @@ def names(output: str) -> list[str]:
     return [line.split()[-1] for line in output.splitlines() if line.split()[:1] in (["rates"], ["seeds"])]
 
 
+def work(store, jobs_of, options) -> int:
+    return kvjax.sweep.work(store, jobs_of, together=options.together)
+
+
 @pytest.fixture
-def in_process(monkeypatch, small_text):
-    """Commands run in this process, over a few sentences."""
-    run = lambda arguments, root, log, stop: (monkeypatch.chdir(root), train.run(arguments[1:]))[1]
+def in_process(monkeypatch, small_text, quick_jit):
+    """Commands run in this process, quickly compiled, over a few sentences; names, and how many runs each had."""
+    ran = []
+    for module, make in ((loop, loop.make_step), (ensemble, ensemble.make_step)):
+        quick = lambda *given, make=make: quick_jit(make(*given).__wrapped__, donate_argnums=0)
+        monkeypatch.setattr(module, "make_step", quick)
+    monkeypatch.setattr(loop, "make_scorer", functools.cache(loop.make_scorer))
+
+    def run(arguments, root, log, stop) -> int:
+        monkeypatch.chdir(root)
+        ran.append((arguments[0], len(arguments) - 2))
+        output = codecs.getwriter("utf-8")(log)
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            return importlib.import_module(arguments[0]).run(arguments[1:])
+
     monkeypatch.setattr("kvjax.sweep._run", run)
-    monkeypatch.setattr(sweep, "watched", lambda options, again, store, jobs_of: kvjax.sweep.work(store, jobs_of))
+    monkeypatch.setattr(sweep, "watched", lambda options, again, store, jobs_of: work(store, jobs_of, options))
+    return ran
 
 
 def test_a_sweep_trains_each_run_once(tmp_path, command, capfd, in_process):
@@ -49,6 +73,42 @@ def test_a_sweep_trains_each_run_once(tmp_path, command, capfd, in_process):
     assert all(f"{row['bits_per_byte']:.4f}" in output for row in rows)
     assert command(sweep.run, arguments) == 0
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*") if p.is_file()} == stamps
+
+
+def test_runs_that_train_together_have_the_results_of_their_own(tmp_path, command, in_process):
+    """Two rates and one that diverges, then two more seeds of the better one."""
+    kept = SMALL.index("--over")
+    arguments = [*SMALL[:kept], *SMALL[kept + 2 :], "--peak-lrs", "1e-3,4e-3,1e30", "--seeds", "3"]
+    made = {}
+    for together in (1, 4):
+        store, rows = tmp_path / str(together), tmp_path / f"{together}.json"
+        more = ["--together", together, "--store", store, "--json", rows]
+        assert command(sweep.run, [*arguments, *more]) == 1
+        assert list((store / "claims").iterdir()) == []
+        failures = {path.name: read_json(path) for path in (store / "failed").iterdir()}
+        made[together] = read_json(rows)["rows"], [(n, f["status"], f["message"]) for n, f in failures.items()]
+    assert in_process == [("experiments.train", 1)] * 5 + [("experiments.train_together", n) for n in (3, 2)]
+    (alone, failed), (grouped, failed_too) = made.values()
+    assert [row["job"] for row in grouped] == [row["job"] for row in alone] and len(alone) == 4
+    for ours, theirs in zip(grouped, alone):
+        assert ours["bits_per_byte"] == pytest.approx(theirs["bits_per_byte"], rel=1e-5)
+    assert len({row["bits_per_byte"] for row in alone}) == 4
+    ((name, status, message),) = failed
+    assert name.removesuffix(".json") not in {row["job"] for row in alone} and status == 1
+    assert re.match(r"stopped: step \d: loss=\S+, grad_norm=nan on batch \d of seed 0; ", message)
+    assert failed_too == failed
+
+
+def test_the_help_tells_where_training_together_pays():
+    """The committed rows' figures."""
+    rows = {name: read_json(ROOT / f"notebooks/results/ensemble/{name}.json") for name in ("gqa4", "tiny")}
+    times = {
+        name: {side["members"]: side["ratio_to_alone"]["median"] for side in row["together"]}
+        for name, row in rows.items()
+    }
+    text, gqa4 = " ".join((sweep.__doc__ or "").split()), times["gqa4"].values()
+    assert f"(gqa4: {min(gqa4):.2f} to {max(gqa4):.2f} times as fast as separate runs)" in text
+    assert f"(tiny: {times['tiny'][4]:.2f} times with 4)" in text
 
 
 @pytest.fixture
@@ -88,7 +148,7 @@ def test_workers_are_processes_of_their_own(how, tmp_path, listed):
     for job in listed[1]:
         write_json(tmp_path / job.name / "config.json", {})
     arguments = [sys.executable, "-m", "experiments.sweep", *SMALL, "--store", str(tmp_path), *how]
-    ended = subprocess.run(arguments, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1
     failed = [line for line in ended.stdout.splitlines() if line.startswith("failed: ")]
     assert len(failed) == 2 and all("attention is missing" in line for line in failed)
@@ -107,6 +167,8 @@ def test_workers_are_processes_of_their_own(how, tmp_path, listed):
         (["--config", "tiny", "--peak-lrs", "1e-3,0"], "must be numbers above 0"),
         (["--config", "tiny", "--reference", "mha"], "reference='mha' is unknown"),
         (["--config", "tiny", "--workers", "0"], "--workers=0 must be at least 1"),
+        (["--config", "tiny", "--together", "0"], "--together=0 must be at least 1"),
+        (["--config", "tiny", "--together", "2", "--index", "0"], "--together=2 goes with workers"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(arguments, message, tmp_path, command, capfd):
