@@ -64,7 +64,8 @@ def run(argv: Sequence[str]) -> int:
         scorer, batch_size = make_scorer(graphdef, mesh), config.train.eval_batch_size
         score = evaluate(scorer, params, corpus, context, batch_size, mesh, bar)
         cache = accounting.abstract_cache(its, tokenizer.vocab_size, 1, context, dtype)
-        rows[name] = {**score.row(), "cache_bytes_per_token": cache.bytes_per_token()}
+        sizes = {"cache_bytes_per_token": cache.bytes_per_token()}
+        rows[name] = {**score.row(), **sizes, "parameters": accounting.num_parameters(params)}
         print(
             f"{name:10} perplexity {score.perplexity:.4f} +- {score.perplexity_se:.4f}, {score.bits_per_byte:.6f} "
             f"+- {score.bits_per_byte_se:.6f} bits/byte, {cache.bytes_per_token():,.0f} cache bytes per token"

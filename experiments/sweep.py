@@ -112,7 +112,7 @@ def run(argv: Sequence[str]) -> int:
         (submitted if options.slurm else watched)(options, [*argv, "--worker"], store, jobs_of)
         store.record(jobs_of())
     listed = jobs_of()
-    gathered, failed = study_rows.gathered(store, listed), store.failed(listed)
+    gathered, failed = study_rows.gathered(store, listed, study.reference), store.failed(listed)
     print("\n".join([*table(gathered), *standing(store, listed)]))
     if options.json is not None:
         results.write_json(options.json, gathered)

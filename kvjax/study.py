@@ -69,6 +69,8 @@ class Study:
         one_of("matching", self.matching, MATCHINGS)
         for name in ("seeds", "rate_seeds", "codec_seeds", "calibration_tokens"):
             at_least(name, getattr(self, name), 1)
+        if self.codecs and self.codec_seeds > self.seeds:
+            raise ValueError(f"codec_seeds={self.codec_seeds} must be at most seeds={self.seeds}")
         if len(set(self.peak_lrs)) < len(self.peak_lrs):
             raise ValueError(f"peak_lrs={self.peak_lrs} must differ from each other")
         for label in self.variants:
@@ -194,11 +196,13 @@ def _train(name) -> Step:
 
 
 def _codecs(study, run) -> Job:
+    statistics = f"{run.name}/calibration-{study.calibration_tokens}"
     calibrate = ("experiments.calibrate", "--run", run.name, "--tokens", str(study.calibration_tokens))
     chosen = tuple(argument for codec in study.codecs for argument in ("--codec", codec))
     name = f"{run.about['label']}-codecs-{digest([calibrate, chosen])}"
-    compress = ("experiments.compress", "--run", run.name, *chosen, "--json", f"{name}/{RESULT}")
-    steps = (Step(calibrate, f"{run.name}/calibration"), Step(compress, f"{name}/{RESULT}"))
+    compress = ("experiments.compress", "--run", run.name, "--calibration", statistics, *chosen)
+    result = f"{name}/{RESULT}"
+    steps = (Step((*calibrate, "--out", statistics), statistics), Step((*compress, "--json", result), result))
     return Job(name, "codecs", {**run.about, "source": run.name}, steps)
 
 
@@ -208,7 +212,7 @@ def _conversions(study, source, variants) -> Iterator[Job]:
         for method in conversion.methods:
             for fraction in conversion.fractions:
                 how = {"label": conversion.label, "method": method, "fraction": fraction}
-                name = f"{conversion.label}-{method}-{digest([source.name, target, how])}"
+                name = f"{conversion.label}-{method}-{digest([source.name, target, conversion.to, how])}"
                 convert = ("experiments.convert", "--run", source.name, "--to", conversion.to, "--method", method)
                 convert += ("--fraction", str(fraction), "--out", name) if fraction > 0 else ("--out", name)
                 steps = (Step(convert, f"{name}/{CONVERSION}"),)

@@ -15,14 +15,23 @@ LEFT_OUT = ("sample",)  # a run's text is no figure
 CURVE_POINTS = 100
 
 
-def gathered(store: Store, jobs: Sequence[Job]) -> dict[str, Any]:
-    """Rows of trained runs, of codecs on them and of conversions, and training curves of the runs of seed 0."""
+def gathered(store: Store, jobs: Sequence[Job], reference: str | None = None) -> dict[str, Any]:
+    """Rows of trained runs, of codecs on them and of conversions, and training curves of the runs of seed 0.
+
+    Runs at the rate that was chosen for all seeds are marked `best`, as soon as there is one. ValueError where
+    runs were computed in several dtypes (`auto` on a CPU and a GPU): their pairs would not be.
+    """
     finished = store.finished(list(jobs))
     done = [job for job in jobs if job.name in finished]
     of = lambda stage: [job for job in done if job.stage == stage]
-    trained = [_trained(job, finished[job.name]) for job in done if job.config is not None]
+    chosen = {job.about["label"]: job.about["peak_lr"] for job in jobs if job.stage == "seeds"}
+    trained = [_trained(job, finished[job.name], chosen) for job in done if job.config is not None]
+    dtypes = sorted({row["dtype"] for row in trained})
+    if len(dtypes) > 1:
+        raise ValueError(f"train.dtype='auto' became {' and '.join(dtypes)} in {store.root}: name one of them")
     best = _best(trained)
     return {
+        "reference": reference,
         "rows": trained,
         "codecs": [_about(job) | row for job in of("codecs") for row in finished[job.name]["rows"]],
         "conversions": [_converted(job, finished[job.name], best, store) for job in of("conversions")],
@@ -34,8 +43,10 @@ def _about(job):
     return {"job": job.name, "stage": job.stage, **job.about}
 
 
-def _trained(job, row):
-    return _about(job) | {name: value for name, value in row.items() if name not in LEFT_OUT}
+def _trained(job, row, chosen):
+    figures = {name: value for name, value in row.items() if name not in LEFT_OUT}
+    rate = chosen.get(job.about["label"])
+    return _about(job) | ({} if rate is None else {"best": job.about["peak_lr"] == rate}) | figures
 
 
 def _best(trained) -> dict[str, dict[int, Mapping[str, Any]]]:
@@ -55,7 +66,8 @@ def _converted(job, row, best, store):
         **{name: score[name] for name in ("bits_per_byte", "bits_per_byte_se", "perplexity")},
         "source_bits_per_byte": made["scores"]["source"]["bits_per_byte"],
         "scratch_bits_per_byte": scratch and scratch["bits_per_byte"],
-        "cache_bytes_per_token": made["scores"]["converted"]["cache_bytes_per_token"],
+        **{name: made["scores"]["converted"][name] for name in ("cache_bytes_per_token", "parameters")},
+        "scratch_parameters": scratch and scratch["parameters"],
         "environment": row["environment"],
     }
 

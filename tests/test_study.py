@@ -152,6 +152,7 @@ def test_codecs_and_conversions_follow_the_runs_that_they_need():
         ({"matching": "flops"}, "matching='flops' is unknown"),
         ({"seeds": 0}, "seeds=0 must be at least 1"),
         ({"peak_lrs": (1e-3, 1e-3)}, "must differ"),
+        ({"codecs": ("int8",), "codec_seeds": 4}, "codec_seeds=4 must be at most seeds=3"),
         ({"variants": {"a b": VARIANTS["mha"]}, "reference": "a b"}, "must hold only letters"),
         ({"conversions": (Conversion("gqa", "gqa2", ("mean",)),)}, "conversions.label='gqa' is unknown"),
     ],

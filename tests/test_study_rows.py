@@ -48,6 +48,7 @@ def figures(bits: float) -> dict[str, float]:
 def trained(folder: Path, config, bits: float, records: int, size: float) -> None:
     """Every other step up to the last has a record, the i-th of which (from 1) has a loss of i / 2 + bits."""
     row = {**figures(bits), "cache_bytes_per_token": size, "training_tokens": TOKENS, "config": config}
+    row |= {"dtype": "float32", "parameters": int(1000 * size)}
     write_json(folder / "result.json", row | {"sample": f"read {folder}", "environment": environment(folder.name)})
     step = STEPS // records
     lines = [{"step": step * i, "kind": "train", "loss": i / 2 + bits} for i in range(1, records + 1)]
@@ -66,7 +67,7 @@ def stored(folder: Path, job: Job) -> None:
 
 def converted(folder: Path, job: Job) -> None:
     scores = {"source": {**figures(1.5), "cache_bytes_per_token": 512.0}}
-    scores["converted"] = {**figures(3.0), "documents": 9, "cache_bytes_per_token": 128.0}
+    scores["converted"] = {**figures(3.0), "documents": 9, "cache_bytes_per_token": 128.0, "parameters": 777}
     source = {"run": str(folder.parent / job.about["source"]), "step": STEPS}
     row = {
         "source": source,
@@ -126,6 +127,24 @@ def test_trained_runs(store):
         assert row["cache_bytes_per_token"] == {"mha": 512.0, "mqa": 128.0}[row["label"]]
 
 
+def test_the_studys_own_choice_of_rate_is_marked(store):
+    """As soon as all rates have ended, also on the runs that were made to find it."""
+    known = listed(store)
+    rows = gathered(store, known)["rows"]
+    assert {(row["label"], row["peak_lr"]) for row in rows if row["best"]} == {("mha", 1e-3), ("mqa", 2e-3)}
+    (store.root / next(job for job in known if job.about["label"] == "mha").result).unlink()
+    rows = gathered(store, listed(store))["rows"]
+    assert {row["label"]: "best" in row for row in rows} == {"mha": False, "mqa": True}
+
+
+def test_runs_in_several_dtypes_are_refused(store):
+    known = listed(store)
+    place = store.root / known[0].result
+    write_json(place, json.loads(place.read_text()) | {"dtype": "bfloat16"})
+    with pytest.raises(ValueError, match="'auto' became bfloat16 and float32"):
+        gathered(store, known)
+
+
 def test_codecs_are_of_the_first_run_at_the_best_rate(store):
     rows = gathered(store, listed(store))["codecs"]
     assert [
@@ -145,6 +164,7 @@ def test_conversions_as_converted_and_trained_on(store):
     assert (made["fraction"], trained_on["fraction"]) == (0.0, 0.5)
     both = {"label": "mqa", "method": "mean", "seed": 0, "peak_lr": 1e-3, "cache_bytes_per_token": 128.0}
     both |= {"source_bits_per_byte": 1.5, "scratch_bits_per_byte": 1.7}  # mqa's own best rate, seed 0
+    both |= {"parameters": 777, "scratch_parameters": 128_000}
     for row, bits in ((made, 3.0), (trained_on, 1.6)):
         assert {name: row[name] for name in both} == both
         assert {name: row[name] for name in figures(bits)} == figures(bits)
@@ -195,7 +215,8 @@ def test_a_conversion_may_come_before_the_variant_it_becomes(store):
 
 
 def test_a_new_store_has_no_rows(tmp_path):
-    assert gathered(Store(tmp_path), jobs(STUDY, {})) == {
+    assert gathered(Store(tmp_path), jobs(STUDY, {}), "mha") == {
+        "reference": "mha",
         "rows": [],
         "codecs": [],
         "conversions": [],

@@ -1,6 +1,7 @@
 """A converted model as a run at step 0, which every command takes, and from which training goes on."""
 
 import dataclasses
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,17 @@ def write_run(
 ) -> None:
     """A run's directory whose checkpoint of step 0 holds `params` and a fresh optimizer's state.
 
-    `conversion` (JSON) says where they come from. The configuration is written last: what a crash leaves is no
-    run, and cannot be taken for one that starts from random weights. ValueError as `require_new`.
+    `conversion` (JSON) says where they come from. It is there whole or not at all; ValueError as `require_new`.
     """
     require_new(directory)
     state = dataclasses.replace(init_state(config, tokenizer.vocab_size), params=params)
     metadata = {"config": to_dict(config), "tokenizer": tokenizer.digest, "wall_seconds": 0.0}
-    with Checkpoints(directory / CHECKPOINTS) as checkpoints:
-        checkpoints.save(0, state, metadata)
-    results.write_bytes(directory / TOKENIZER, tokenizer.to_json().encode())
-    results.write_json(directory / CONVERSION, conversion)
-    results.write_json(directory / CONFIG, to_dict(config))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
+        made = Path(scratch) / "run"
+        with Checkpoints(made / CHECKPOINTS) as checkpoints:
+            checkpoints.save(0, state, metadata)
+        results.write_bytes(made / TOKENIZER, tokenizer.to_json().encode())
+        results.write_json(made / CONFIG, to_dict(config))
+        results.write_json(made / CONVERSION, conversion)
+        made.replace(directory)  # which may be there, empty
