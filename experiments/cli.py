@@ -1,4 +1,4 @@
-"""What the command lines share: presets with overrides, and errors as one line with exit status 2."""
+"""What the command lines share: presets with overrides, and errors as one line with exit status 2 (or 75)."""
 
 import argparse
 import contextlib
@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import io
+import os
 import pkgutil
 import re
 import sys
@@ -20,6 +21,7 @@ import configs
 import configs.studies
 from kvjax.checks import one_of
 from kvjax.config import Config, section
+from kvjax.results import Busy
 
 T = TypeVar("T")
 PLAIN = (tyro.conf.AvoidSubcommands,)
@@ -270,9 +272,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(run: Callable[[Sequence[str]], int | None]) -> None:
-    """Run a command; a ValueError or a file that cannot be used is one line on standard error, exit status 2."""
+    """Run a command; a ValueError or a file that cannot be used is one line on standard error, exit status 2.
+
+    The status is 75 (EX_TEMPFAIL) where another process is writing the run.
+    """
     try:
         sys.exit(run(sys.argv[1:]) or 0)
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        sys.exit(os.EX_TEMPFAIL if isinstance(error, Busy) else 2)

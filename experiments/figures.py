@@ -90,7 +90,8 @@ def study() -> dict[str, Any]:
     of = lambda kind: [row for file in files for row in file.get(kind, [])]
     trained, converted, coded = (of(kind) for kind in ("rows", "conversions", "codecs"))
     curves = {label: points for file in files for label, points in file.get("curves", {}).items()}
-    title = "Which KV cache? Variants of equal parameters, trained alike"
+    title = "Which KV cache? Variants trained alike, of equal parameters"
+    title += "; converted ones have fewer" if converted else ""
     figures = {}
     if trained:
         figures["study"] = plots.quality_against_bytes(trained, converted, coded, title)

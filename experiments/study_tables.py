@@ -1,35 +1,37 @@
 """README tables of the study: variants side by side, their learning rates, codecs on them, conversions."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from kvjax.paired import Ranked, at_best_rate, mean_losses, paired, ranking, rate_fit, t_interval
+from kvjax.paired import Ranked, at_best_rate, best_rate, mean_losses, paired, ranking, rate_fit, t_interval
 
 Rows = dict[str, dict[str, Any]]
 REFERENCE = "mha"
+"""Of files that name none."""
 
 
 def variants(files: Rows) -> str:
     """One line a variant, most cache bytes first: means over seeds, and paired differences to the reference."""
-    rows = _all(files, "rows")
+    rows, reference = _all(files, "rows"), _reference(files)
     lines = [
         "| variant | cache bytes/token | parameters | MLP width | best rate | seeds | bits/byte (95 %) "
-        "| perplexity | bits/byte above `mha`, paired (95 %) | detectable | verdict (Holm) | rank |",
+        f"| perplexity | bits/byte above `{reference}`, paired (95 %) | detectable | verdict (Holm) | rank |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|---|",
     ]
     labels = list(dict.fromkeys(row["label"] for row in rows))
     best = {label: at_best_rate(_of(rows, label)) for label in labels}
-    others = [label for label in labels if label != REFERENCE] if REFERENCE in labels else []
-    comparisons = {label: paired(rows, label, REFERENCE) for label in others}
+    others = [label for label in labels if label != reference] if reference in labels else []
+    comparisons = {label: paired(rows, label, reference) for label in others}
     ranked = {one.label: one for one in ranking(list(comparisons.values()))} if comparisons else {}
     for label in sorted(labels, key=lambda label: -_first(best[label])["cache_bytes_per_token"]):
         runs, first = best[label], _first(best[label])
         bits = [row["bits_per_byte"] for row in runs.values()]
         perplexity = np.mean([row["perplexity"] for row in runs.values()])
         lines.append(
-            f"| `{label}` | {first['cache_bytes_per_token']:,.0f} | {first['parameters'] / 1e6:.3f} M "
+            f"| `{label}` | {first['cache_bytes_per_token']:,.0f} | {_millions(first['parameters'])} "
             f"| {first['config']['decoder']['mlp_width']} | {_rate(_of(rows, label), first)} | {len(runs)} "
             f"| {_spread(bits, '.4f')} | {perplexity:.2f} {_against(comparisons.get(label), ranked.get(label))} |"
         )
@@ -51,25 +53,25 @@ def _rank(ranked: Ranked) -> str:
 
 
 def _rate(rows: Sequence[dict[str, Any]], first: dict[str, Any]) -> str:
-    """The best rate, with the fitted one; flagged where it is at an end of what was tried."""
-    rate = f"{first['peak_lr']:.1e}"
-    if len({row["peak_lr"] for row in rows}) < 3:
-        return rate
+    """The best rate, with the fitted one; flagged at an end of what was tried, or of too few to fit."""
+    rate, (means, _) = f"{first['peak_lr']:.1e}", mean_losses(rows)
+    if sum(map(math.isfinite, means.values())) < 3:
+        return f"{rate}, of {len(means)} tried"
     fit = rate_fit(rows)
     fitted = "" if fit.optimum is None else f" (fit {fit.optimum:.1e})"
     return rate + fitted + (", at an end" if fit.at_end else "")
 
 
 def rates(files: Rows) -> str:
-    """Bits per byte at every rate, over the seeds that all rates have."""
+    """Bits per byte at every rate, over the seeds that all rates have; the best rate's is bold."""
     rows = _all(files, "rows")
     tried = sorted({row["peak_lr"] for row in rows})
     lines = _head(["variant"], [f"{rate:.1e}" for rate in tried])
     for label in dict.fromkeys(row["label"] for row in rows):
         means, _ = mean_losses(_of(rows, label))
-        least = min(means.values())
-        cell = lambda rate, means=means, least=least: (
-            "" if rate not in means else f"**{means[rate]:.4f}**" if means[rate] == least else f"{means[rate]:.4f}"
+        best = best_rate(_of(rows, label))
+        cell = lambda rate, means=means, best=best: (
+            "" if rate not in means else f"**{means[rate]:.4f}**" if rate == best else f"{means[rate]:.4f}"
         )
         lines.append(f"| `{label}` | {' | '.join(map(cell, tried))} |")
     return "\n".join(lines)
@@ -93,19 +95,21 @@ def codecs(files: Rows) -> str:
 
 
 def conversions(files: Rows) -> str:
-    """Bits per byte of converted weights, by how long they were trained on."""
+    """Bits per byte of converted weights, by how long they were trained on, and parameters of all compared."""
     rows = _all(files, "conversions")
     fractions = sorted({row["fraction"] for row in rows})
     heads = [f"{fraction:.0%} of the steps" if fraction else "as converted" for fraction in fractions]
-    lines = _head(["from `mha` to", "method"], [*heads, "from scratch", "source"])
+    numbers = ["parameters", *heads, "from scratch", "its parameters", "source"]
+    lines = _head([f"from `{_reference(files)}` to", "method"], numbers)
     for label, method in dict.fromkeys((row["label"], row["method"]) for row in rows):
         found = {row["fraction"]: row for row in rows if (row["label"], row["method"]) == (label, method)}
         cell = lambda fraction, found=found: f"{found[fraction]['bits_per_byte']:.4f}" if fraction in found else ""
         any_of = next(iter(found.values()))
         scratch = any_of["scratch_bits_per_byte"]
         lines.append(
-            f"| `{label}` | {method} | {' | '.join(map(cell, fractions))} "
-            f"| {'' if scratch is None else f'{scratch:.4f}'} | {any_of['source_bits_per_byte']:.4f} |"
+            f"| `{label}` | {method} | {_millions(any_of.get('parameters'))} | {' | '.join(map(cell, fractions))} "
+            f"| {'' if scratch is None else f'{scratch:.4f}'} | {_millions(any_of.get('scratch_parameters'))} "
+            f"| {any_of['source_bits_per_byte']:.4f} |"
         )
     return "\n".join(lines)
 
@@ -119,6 +123,18 @@ def _spread(values: Sequence[float], form: str) -> str:
     """Mean with its t interval."""
     interval, mean = t_interval(values), float(np.mean(values))
     return f"{mean:{form}}" + ("" if interval is None else f" ({interval[0]:{form}}, {interval[1]:{form}})")
+
+
+def _millions(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.3f} M"
+
+
+def _reference(files: Rows) -> str:
+    """The label that variants are compared with; ValueError where files disagree on it."""
+    named = {file.get("reference", REFERENCE) for file in files.values()} or {REFERENCE}
+    if len(named) > 1:
+        raise ValueError(f"reference={', '.join(sorted(named))} must be one in all files of a study")
+    return named.pop()
 
 
 def _all(files: Rows, kind: str) -> list[dict[str, Any]]:

@@ -14,17 +14,20 @@ launches, the compiled program has N times fewer a run; that is not timed.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import math
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments import cli
-from kvjax import results
+from experiments.sweep_table import listing, report, standing, table
+from kvjax import results, with_parent
 
 
 def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -50,9 +53,12 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     how.add_argument("--slurm", action="store_true", help="submit the workers (extra: slurm)")
     how.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="submitit's (default: slurm)")
     how.add_argument("--slurm-options", metavar="A=B,C=D", default="", help="as partition=gpu,gpus_per_node=1")
+    how.add_argument(
+        "--slurm-hours", type=float, default=24.0, metavar="H", help="time limit of a Slurm job (default: 24)"
+    )
     how.add_argument("--worker", action="store_true", help="be a worker: no table")
     how.add_argument("--cores", metavar="A,B", help="of a worker, to be pinned to")
-    parser.add_argument("--retry", action="store_true", help="do failed jobs again")
+    parser.add_argument("--retry", action="store_true", help="do this sweep's failed jobs again")
     parser.add_argument(
         "--dry-run", action="store_true", help="list the jobs known so far, and how well they match"
     )
@@ -62,6 +68,9 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     cli.require_positive(known, "workers", "seeds", "together")
     if known.together > 1 and known.index is not None:
         raise ValueError(f"--together={known.together} goes with workers; --index={known.index} is one job")
+    if not 0 < known.slurm_hours < math.inf:
+        raise ValueError(f"--slurm-hours={known.slurm_hours} must be above 0 and finite")
+    slurm_options(known.slurm_options)
     if known.study is not None:
         given = ("over", "seeds", "peak_lrs", "match", "free", "reference")
         for name in given:
@@ -81,8 +90,6 @@ def run(argv: Sequence[str]) -> int:
 
     study = studied(options, rest)
     store = sweep.Store(options.store)
-    if options.retry:
-        store.forget_failures()
     first = studies.jobs(study, {})
 
     def jobs_of():
@@ -104,19 +111,38 @@ def run(argv: Sequence[str]) -> int:
         if options.index is None:
             sweep.work(store, jobs_of, together=options.together)
             return 0
-        job = numbered(store, jobs_of(), options.index)
-        sweep.attempt(store, [job])
-        return 1 if store.failed([job]) else 0
+        return one(options, store, numbered(store, jobs_of(), options.index))
+    if options.retry and not options.status:
+        store.forget_failures(jobs_of())
     store.record(jobs_of())
     if store.open(jobs_of()) and not options.status:
-        (submitted if options.slurm else watched)(options, [*argv, "--worker"], store, jobs_of)
+        again = [argument for argument in argv if argument != "--retry"]  # or every worker would forget anew
+        (submitted if options.slurm else watched)(options, [*again, "--worker"], store, jobs_of)
         store.record(jobs_of())
     listed = jobs_of()
     gathered, failed = study_rows.gathered(store, listed, study.reference), store.failed(listed)
-    print("\n".join([*table(gathered), *standing(store, listed)]))
+    print("\n".join([*table(gathered), *report(gathered), *standing(store, listed)]))
     if options.json is not None:
         results.write_json(options.json, gathered)
-    return 1 if failed else 0
+    left = [] if options.status or (options.slurm and options.cluster == "slurm") else store.open(listed)
+    if left:
+        print(f"{len(left)} jobs are left, though no worker is: the same command again goes on with them")
+    return 1 if failed or left else 0
+
+
+def one(options: argparse.Namespace, store: Any, job: Any) -> int:
+    """Do this job alone; 75 (EX_TEMPFAIL) where it is left open, since another process is at it."""
+    from kvjax import sweep
+
+    if options.retry:
+        store.forget_failures([job])
+    sweep.attempt(store, [job])
+    if store.failed([job]):
+        return 1
+    if store.open([job]):
+        print(f"{job.name} is left: another process is at it", file=sys.stderr)
+        return os.EX_TEMPFAIL
+    return 0
 
 
 def studied(options: argparse.Namespace, rest: Sequence[str]) -> Any:
@@ -124,33 +150,39 @@ def studied(options: argparse.Namespace, rest: Sequence[str]) -> Any:
     from kvjax.study import Study, labels
 
     if options.study is not None:
-        return cli.study(options.study)
+        study = cli.study(options.study)
+        return dataclasses.replace(study, variants={k: anchored(v) for k, v in study.variants.items()})
     over: dict[str, list[str]] = {}
+    spelled: set[str] = set()
     for text in options.over or ():
         name, equals, values = text.partition("=")
         if not (equals and name and values):
             raise ValueError(f"--over {text!r} must be FIELD=A,B, as attention.num-kv-heads=1,2,4,8")
+        if name.replace("_", "-") in spelled:
+            raise ValueError(f"--over {name} must be given once, not twice; write --over {name}=A,B")
+        spelled.add(name.replace("_", "-"))
         over[name] = values.split(",")
     preset, prog = cli.preset(options.config), "python -m experiments.sweep"
     variants = {}
     for label, fields in labels(over):
         options_of = [part for name, value in fields.items() for part in (f"--{name}", value)]
-        variants[label or options.config] = cli.override(preset, [*rest, *options_of], prog, "")
+        variants[label or options.config] = anchored(cli.override(preset, [*rest, *options_of], prog, ""))
     rates = () if options.peak_lrs is None else cli.numbers("--peak-lrs", options.peak_lrs)
     free = (options.free or "decoder.mlp_width").replace("-", "_")
+    if (options.free or options.match) and free.replace("_", "-") in spelled:
+        raise ValueError(f"--free {free} must not be one of the --over fields: matching would undo its values")
     reference = options.reference or list(variants)[-1]
     return Study(variants, reference, options.match or "fixed", free, tuple(rates), options.seeds or 1)
 
 
-def listing(study: Any, jobs: Sequence[Any], store: Any) -> list[str]:
-    """What is matched, and every job so far."""
-    from kvjax.study import matched
-
-    lines = [f"{len(jobs)} jobs in {store.root}; a variant's seeds follow from its rates' results"]
-    if study.matching != "fixed":
-        lines.append(f"{study.matching} as {study.reference} by {study.free}; residuals:")
-        lines += [f"  {label:20} {residual:+.3%}" for label, (_, residual) in matched(study).items()]
-    return lines + [f"{job.stage:11} {job.name}" for job in jobs]
+def anchored(config: Any) -> Any:
+    """The configuration with data folders that mean the same in the store, where commands run."""
+    absolute = {
+        name: str(Path(folder).absolute())
+        for name in ("data_dir", "manual_dir")
+        if (folder := getattr(config.data, name)) and not Path(folder).expanduser().is_absolute()
+    }
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **absolute)) if absolute else config
 
 
 def numbered(store: Any, jobs: Sequence[Any], index: int) -> Any:
@@ -166,6 +198,17 @@ def numbered(store: Any, jobs: Sequence[Any], index: int) -> Any:
     return known[names[index]]
 
 
+def slurm_options(text: str) -> dict[str, int | str]:
+    """Options of Slurm by submitit's names; ValueError for a part without "="."""
+    made: dict[str, int | str] = {}
+    for part in text.split(",") if text else ():
+        name, equals, value = part.partition("=")
+        if not (name and equals):
+            raise ValueError(f"--slurm-options has {part!r}, which must be A=B, as partition=gpu")
+        made[f"slurm_{name}"] = int(value) if value.isdecimal() else value
+    return made
+
+
 def submitted(options: argparse.Namespace, again: Sequence[str], store: Any, jobs_of: Any) -> None:
     """Workers through submitit: Slurm's, or its local stand-in, which is waited for."""
     try:
@@ -173,8 +216,9 @@ def submitted(options: argparse.Namespace, again: Sequence[str], store: Any, job
     except ModuleNotFoundError:
         raise ValueError("--slurm needs submitit: pip install -e '.[slurm]'") from None
     executor = submitit.AutoExecutor(folder=str(store.root / "submitit"), cluster=options.cluster)
-    given = dict(part.split("=", 1) for part in options.slurm_options.split(",") if "=" in part)
-    executor.update_parameters(**{f"slurm_{k}": int(v) if v.isdecimal() else v for k, v in given.items()})
+    # submitit's own time limit is five minutes.
+    limit = {"timeout_min": math.ceil(options.slurm_hours * 60)}
+    executor.update_parameters(**limit, **slurm_options(options.slurm_options))
     command = submitit.helpers.CommandFunction([sys.executable, "-m", "experiments.sweep", *again], verbose=False)
     with executor.batch():
         submissions = [executor.submit(command) for _ in range(options.workers)]
@@ -191,10 +235,13 @@ def watched(options: argparse.Namespace, again: Sequence[str], store: Any, jobs_
 
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     shares = [cores[i :: options.workers] for i in range(options.workers)]
-    workers = [_worker(again, share) for share in shares]
+    workers: list[Any] = []
     live = Live(console=Console(), auto_refresh=False) if sys.stdout.isatty() else None
     began, printed, before = time.monotonic(), 0.0, len(store.finished(jobs_of()))
-    try:
+    with _until_ended(workers, live):
+        for share in shares:
+            pinned = ["--cores", ",".join(map(str, share))] if share else []
+            workers.append(with_parent.start(["experiments.sweep", *again, *pinned]))
         if live is not None:
             live.start()
         while any(worker.poll() is None for worker in workers):
@@ -208,6 +255,14 @@ def watched(options: argparse.Namespace, again: Sequence[str], store: Any, jobs_
                 live.update("\n".join(lines), refresh=True)
             else:
                 print("\n".join(lines), flush=True)
+
+
+@contextlib.contextmanager
+def _until_ended(workers: list[Any], live: Any) -> Iterator[None]:
+    """Ends the workers however the block ends, also by SIGTERM."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
     finally:
         if live is not None:
             live.stop()
@@ -216,44 +271,7 @@ def watched(options: argparse.Namespace, again: Sequence[str], store: Any, jobs_
                 worker.terminate()
         for worker in workers:
             worker.wait()
-
-
-def _worker(again, share):
-    pinned = ["--cores", ",".join(map(str, share))] if share else []
-    return subprocess.Popen([sys.executable, "-m", "experiments.sweep", *again, *pinned])
-
-
-def standing(store: Any, jobs: Sequence[Any], before: int = 0, seconds: float = 0.0) -> list[str]:
-    """Done, left and under way; with the time left, at the pace since there were `before` results."""
-    from kvjax.sweep import progress
-
-    finished, failed, claimed = store.finished(jobs), store.failed(jobs), store.claimed()
-    ended = len(finished) + len(failed)
-    lines, parts = [f"failed: {name}: {failure['message']}" for name, failure in failed.items()], 0.0
-    for job in jobs:
-        if job.name in claimed and job.name not in finished and job.name not in failed:
-            made = progress(store.root, job)
-            step = "" if made is None else f" step {made[0]}/{made[1]}"
-            parts += 0.0 if made is None else made[0] / made[1]
-            lines.append(f"  {job.stage:11} {job.name}{step}, heard of {claimed[job.name]:.0f} s ago")
-    done = len(finished) - before + parts
-    left = f", {(len(jobs) - ended - parts) * seconds / done / 60:.0f} min left" if done and seconds > 30 else ""
-    failures = f", {len(failed)} failed" if failed else ""
-    return [f"{ended} of {len(jobs)} jobs known so far{failures}{left}", *lines]
-
-
-def table(gathered: dict[str, Any]) -> list[str]:
-    """Trained runs side by side, and conversions of these."""
-    form = "{:34} {:>8} {:>4} {:>11} {:>8} {:>9} {:>10}"
-    lines: list[str] = [form.format("run", "lr", "seed", "parameters", "B/token", "bits/byte", "perplexity")]
-    for row in gathered["rows"]:
-        sizes = f"{row['parameters']:,}", f"{row['cache_bytes_per_token']:,.0f}"
-        quality = f"{row['bits_per_byte']:.4f}", f"{row['perplexity']:.2f}"
-        lines.append(form.format(row["job"], f"{row['peak_lr']:.2g}", row["seed"], *sizes, *quality))
-    for row in gathered["conversions"]:
-        what = f"{row['source']} to {row['label']} by {row['method']}, {row['fraction']:.0%} of the steps"
-        lines.append(f"{what}: {row['bits_per_byte']:.4f} bits/byte")
-    return [*lines, f"{len(gathered['codecs'])} rows of codecs on these"]
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Train one configuration: `python -m experiments.train --config gqa4 [--attention.num-kv-heads 2 ...]`.
 
 The run's directory, `runs/NAME`, holds the resolved configuration, metrics, checkpoints, samples
-and at last the result. The same command again goes on where the run stopped.
+and at last the result. The same command again goes on where the run stopped; while another process is at it, the
+exit status is 75.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
 Each directory holds a `config.json`; these differ in seed and peak learning rate alone. Each is left as
 `experiments.train --run DIR` would leave it, and the same command again goes on where the runs stopped; finished
-ones are not trained again. A run that diverges stops alone; the exit status then is 1. Where this pays is measured
-by `experiments.benchmark_ensemble`.
+ones are not trained again. A run that diverges stops alone; the exit status then is 1, and 75 while
+another process is at one of them. Where this pays is measured by `experiments.benchmark_ensemble`.
 """
 
 import sys

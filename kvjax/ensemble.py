@@ -27,7 +27,7 @@ from kvjax.evaluate import Score
 from kvjax.loop import NotFinite, Trainer, _signals
 from kvjax.metrics import MetricsWriter
 from kvjax.progress import Bar
-from kvjax.runs import CHECKPOINTS, CONFIG, TOKENIZER, _differences, check_same_config, check_same_origin
+from kvjax.runs import CHECKPOINTS, CONFIG, TOKENIZER, check_same_config, check_same_origin, differences
 from kvjax.train import Batch, TrainState, dropout_key, init_state, make_update, schedule
 
 OWN = ("seed", "optimizer.peak_lr")
@@ -56,7 +56,7 @@ class Members:
         """Of whole configurations; ValueError naming a field, but these two, that is not the same in all."""
         at_least("number of configurations", len(configs), 1)
         for number, config in enumerate(configs):
-            for path, (theirs, ours) in _differences(to_dict(configs[0]), to_dict(config)):
+            for path, (theirs, ours) in differences(to_dict(configs[0]), to_dict(config)):
                 if path not in OWN:
                     raise ValueError(
                         f"{path}={ours} of member {number} must be {theirs}, as of member 0: members differ in "

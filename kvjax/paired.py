@@ -1,7 +1,8 @@
 """Variants compared by paired seeds: rates fitted, differences with t intervals, and no rank inside an interval.
 
-Rows are of trained runs: label, matching, peak_lr, seed, bits_per_byte, ... Runs of one seed share data order and
-initial weights, so that differences by seed are free of what both owe to them. Values are losses: less is better.
+Rows are of trained runs: label, matching, peak_lr, seed, bits_per_byte, ..., and `best`, true at the rate that a
+study chose, where that is known. Runs of one seed share data order, and initial weights wherever shapes agree, so
+that differences by seed are free of what both owe to them. Values are losses: less is better.
 """
 
 import functools
@@ -46,7 +47,7 @@ class RateFit:
     parabola: np.polynomial.Polynomial
     """Of the natural logarithm of the rate."""
     best: float
-    """The measured rate of least loss."""
+    """As of `best_rate`."""
     optimum: float | None
     """Rate at the parabola's bottom; None where it opens downwards or is as good as flat."""
     loss: float | None
@@ -74,11 +75,18 @@ def rate_fit(rows: Sequence[Row]) -> RateFit:
         bottom = parabola.deriv().roots()[0].real
         optimum, loss = math.exp(bottom), float(parabola(bottom))
     losses = tuple(means[rate] for rate in rates)
-    return RateFit(tuple(rates), losses, seeds, parabola, min(rates, key=means.__getitem__), optimum, loss)
+    return RateFit(tuple(rates), losses, seeds, parabola, best_rate(rows), optimum, loss)
 
 
 def best_rate(rows: Sequence[Row]) -> float:
-    """The measured rate of least mean loss, of one label and matching."""
+    """The rate that the rows of one label and matching call best; where none does, that of least mean loss."""
+    _by_rate(rows)
+    chosen = {row["peak_lr"] for row in rows if row.get("best")}
+    if len(chosen) > 1:
+        found = ", ".join(f"{rate:g}" for rate in sorted(chosen))
+        raise ValueError(f"best of label={rows[0]['label']!r} is true at rates {found}; it must be at one")
+    if chosen:
+        return chosen.pop()
     means, _ = mean_losses(rows)
     return min(sorted(means), key=means.__getitem__)
 
@@ -95,6 +103,15 @@ def at_best_rate(rows: Sequence[Row], rate: float | None = None) -> dict[int, Ro
 
 def mean_losses(rows: Sequence[Row]) -> tuple[dict[float, float], tuple[int, ...]]:
     """Mean loss of every rate over the seeds that all rates have: others would add their seeds' luck."""
+    losses = _by_rate(rows)
+    shared = sorted(set.intersection(*map(set, losses.values())))
+    if not shared:
+        raise ValueError(f"label={rows[0]['label']!r} must have a seed that was run at every rate")
+    return {rate: sum(of[seed] for seed in shared) / len(shared) for rate, of in losses.items()}, tuple(shared)
+
+
+def _by_rate(rows: Sequence[Row]) -> dict[float, dict[int, float]]:
+    """Losses by rate and seed; ValueError for rows of several variants, or of one run twice."""
     if len({(row["label"], row["matching"]) for row in rows}) != 1:
         found = ", ".join(sorted({f"{row['label']} ({row['matching']})" for row in rows})) or "none"
         raise ValueError(f"rows of {found} must be of one label and matching")
@@ -104,10 +121,7 @@ def mean_losses(rows: Sequence[Row]) -> tuple[dict[float, float], tuple[int, ...
         if row["seed"] in of_rate:
             raise ValueError(f"{row['label']} at peak_lr={row['peak_lr']:g}, seed={row['seed']} is there twice")
         of_rate[row["seed"]] = math.inf if row["bits_per_byte"] is None else row["bits_per_byte"]
-    shared = sorted(set.intersection(*map(set, losses.values())))
-    if not shared:
-        raise ValueError(f"label={rows[0]['label']!r} must have a seed that was run at every rate")
-    return {rate: sum(of[seed] for seed in shared) / len(shared) for rate, of in losses.items()}, tuple(shared)
+    return losses
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,12 @@ def _nearest_name(name: str) -> str:
     return repr(name.strip(".-") or "run")
 
 
+class Busy(ValueError):
+    """Another process is writing there: the same again, later, may do."""
+
+
 class RunLock:
-    """Context manager that keeps a run's directory to one writing process; ValueError if another one has it.
+    """Context manager that keeps a run's directory to one writing process; Busy if another one has it.
 
     The kernel frees it however the process ends.
     """
@@ -102,7 +106,7 @@ class RunLock:
             # Empty between the holder's locking and writing.
             holder = os.pread(file, 1000, 0).decode().strip() or "another process"
             os.close(file)
-            raise ValueError(
+            raise Busy(
                 f"run {self.directory} is being written by {holder}; wait for it or choose another --name"
             ) from None
         os.ftruncate(file, 0)

@@ -1,5 +1,6 @@
 """What a run's directory holds, read back: configuration, tokenizer, parameters."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def check_same_origin(directory: Path, metadata: dict[str, Any], config: Config,
             f"{directory / TOKENIZER} (digest {tokenizer.digest[:12]}) does not fit the checkpoint, which was "
             f"trained with the tokenizer of digest {metadata['tokenizer'][:12]}"
         )
-    for path, (theirs, ours) in _differences(to_dict(from_dict(metadata["config"])), to_dict(config)):
+    for path, (theirs, ours) in differences(to_dict(from_dict(metadata["config"])), to_dict(config)):
         raise ValueError(
             f"{directory / CONFIG} does not fit the checkpoint, which was trained with {path}={theirs}, not {ours}"
         )
@@ -89,14 +90,20 @@ def check_same_config(directory: Path, config: Config) -> dict[str, Any] | None:
     if not (directory / CONFIG).is_file():
         raise ValueError(f"{directory} exists and is not a run (no {CONFIG}); choose another --name")
     theirs, ours = to_dict(load_config(directory)), to_dict(config)
-    for path, (a, b) in _differences(theirs, ours):
+    for path, (a, b) in differences(theirs, ours):
         raise ValueError(f"{directory} was begun with {path}={a}, not {b}; choose another --name")
     return results.read_json(directory / RESULT) if (directory / RESULT).is_file() else None
 
 
-def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = ""):
-    for name in a | b:
+def differences(
+    a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Dotted names in which two configurations, as dictionaries, differ, with both values (None: not there)."""
+    for name in {**a, **b}:
         if isinstance(a.get(name), dict) and isinstance(b.get(name), dict):
-            yield from _differences(a[name], b[name], f"{prefix}{name}.")
+            yield from differences(a[name], b[name], f"{prefix}{name}.")
         elif a.get(name) != b.get(name):
             yield prefix + name, (a.get(name), b.get(name))
+
+
+_differences = differences

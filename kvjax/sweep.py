@@ -2,7 +2,9 @@
 
 A claim is a file made exclusively, `claims/JOB.0`; its owner touches it now and then. One that was not touched for
 `STALE_SECONDS` is overtaken by making `claims/JOB.1`, which only one worker can; the former owner, should it be
-alive, sees that and stops. Nothing is locked, so a store may lie on a shared file system.
+alive, sees that and stops. Claims need no locks. Locked, by `flock`, are each run's own directory,
+by the command that trains there, and the manifest, while jobs are added: a store may lie on any shared file system
+that has these locks. A run that its former owner's command still writes is tried again later.
 
 A worker may claim several training jobs and do them by one command (`experiments.train_together`).
 """
@@ -12,7 +14,6 @@ import dataclasses
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -20,12 +21,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from kvjax import with_parent
+from kvjax.data.store import data_folder, locked
 from kvjax.metrics import read_metrics
 from kvjax.results import read_json, run_name, write_json
 from kvjax.study import Job, alike
 
 BEAT_SECONDS = 15.0
 STALE_SECONDS = 120.0
+BUSY_SECONDS = 60.0
+"""Until a run that another process was writing is tried again."""
 MANIFEST, CLAIMS, FAILED, LOGS, CONFIG = "manifest.json", "claims", "failed", "logs", "config.json"
 
 
@@ -61,9 +66,12 @@ class Claim:
         while not self._ended.wait(BEAT_SECONDS):
             try:
                 os.utime(self._path)
+                overtaken = self._path.with_suffix(f".{generation + 1}").exists()
             except FileNotFoundError:  # an heir has already ended it
-                self._lost.set()
-            if self.lost or self._path.with_suffix(f".{generation + 1}").exists():
+                overtaken = True
+            except OSError:  # a file system that does not answer now may do at the next beat
+                continue
+            if overtaken:
                 self._lost.set()
                 return
 
@@ -73,6 +81,8 @@ class Store:
 
     def __init__(self, root: Path):
         self.root = Path(root)
+        self.busy: dict[str, float] = {}
+        """When each job whose run another process was writing was last tried, by this process's clock."""
 
     def finished(self, jobs: list[Job]) -> dict[str, dict[str, Any]]:
         """Results by job's name."""
@@ -86,46 +96,60 @@ class Store:
 
     def failed(self, jobs: list[Job]) -> dict[str, dict[str, Any]]:
         """What went wrong with jobs that ended without a result, by name."""
-        places = {job.name: self.root / FAILED / f"{job.name}.json" for job in jobs}
-        return {name: read_json(place) for name, place in places.items() if place.is_file()}
+        found = {}
+        for job in jobs:
+            if not (self.root / job.result).is_file():
+                with contextlib.suppress(FileNotFoundError):  # none, or forgotten just now
+                    found[job.name] = read_json(self._failure(job))
+        return found
+
+    def _failure(self, job: Job) -> Path:
+        return self.root / FAILED / f"{job.name}.json"
 
     def record(self, jobs: list[Job]) -> None:
         """Add jobs to the manifest, which names all that were ever wanted here."""
-        path = self.root / MANIFEST
-        known = read_json(path) if path.is_file() else {}
-        if any(job.name not in known for job in jobs):
-            write_json(path, known | {job.name: dataclasses.asdict(job) for job in jobs})
+        if {job.name for job in jobs} <= self._manifest().keys():
+            return
+        with locked(self.root / f".{MANIFEST}.lock"):
+            # Known jobs keep their places, whoever added others meanwhile.
+            added = {job.name: dataclasses.asdict(job) for job in jobs}
+            write_json(self.root / MANIFEST, self._manifest() | added)
 
     def listed(self) -> list[str]:
         """Names of the manifest's jobs, in the order in which they were added."""
-        path = self.root / MANIFEST
-        return list(read_json(path)) if path.is_file() else []
+        return list(self._manifest())
 
-    def forget_failures(self) -> None:
-        """Failed jobs are to be done again."""
-        for path in (self.root / FAILED).glob("*.json"):
-            path.unlink()
+    def _manifest(self) -> dict[str, Any]:
+        path = self.root / MANIFEST
+        return read_json(path) if path.is_file() else {}
+
+    def forget_failures(self, jobs: list[Job]) -> None:
+        """Those of these jobs that failed are to be done again."""
+        for job in jobs:
+            self._failure(job).unlink(missing_ok=True)
 
     def claimed(self) -> dict[str, float]:
         """Seconds since each claimed job's worker was last heard of."""
         now, ages = self._now(), {}
         for path in (self.root / CLAIMS).glob("*.*"):
-            if path.suffix[1:].isdecimal():
-                age = now - path.stat().st_mtime
-                ages[path.stem] = min(age, ages.get(path.stem, age))
+            if path.suffix[1:].isdecimal() and (beat := _last_beat(path)) is not None:
+                ages[path.stem] = min(now - beat, ages.get(path.stem, now - beat))
         return ages
 
     def claim(self, job: Job) -> Claim | None:
-        """This worker's claim, None where another worker's stands or there is a result."""
-        if (self.root / job.result).is_file():
+        """This worker's claim; None where another's stands, there is a result, or it was busy a moment ago."""
+        tried = self.busy.get(job.name, -BUSY_SECONDS)
+        if (self.root / job.result).is_file() or time.monotonic() - tried < BUSY_SECONDS:
             return None
         folder = self.root / CLAIMS
         folder.mkdir(parents=True, exist_ok=True)
         claims = [path for path in folder.glob(f"{run_name(job.name)}.*") if path.suffix[1:].isdecimal()]
         newest = max(claims, key=lambda path: int(path.suffix[1:]), default=None)
-        if newest is not None and self._now() - newest.stat().st_mtime < STALE_SECONDS:
-            return None
-        generation = 0 if newest is None else int(newest.suffix[1:]) + 1
+        generation = 0
+        if newest is not None and (beat := _last_beat(newest)) is not None:
+            if self._now() - beat < STALE_SECONDS:
+                return None
+            generation = int(newest.suffix[1:]) + 1
         path = folder / f"{job.name}.{generation}"
         try:
             with open(path, "x") as file:
@@ -138,10 +162,11 @@ class Store:
             return None
         return claim
 
-    def do(self, jobs: Sequence[Job], lost: Callable[[], bool]) -> None:
+    def do(self, jobs: Sequence[Job], lost: Callable[[], bool]) -> bool:
         """Run a job's steps, or one command for several, until all is done, a command fails or `lost` says so.
 
-        What they print goes to the log of the first. A job without a result then has failed.
+        What they print goes to the log of the first. A job without a result then has failed. False where they are
+        left open: they were lost, or a command says that another process is at them.
         """
         for job in jobs:
             if job.config is not None and not (self.root / job.name / CONFIG).exists():
@@ -155,14 +180,18 @@ class Store:
                 start = log.tell()
                 status = _run(command, self.root, log, lost)
             if lost():
-                return
+                return False
+            if status == os.EX_TEMPFAIL:
+                self.busy |= {job.name: time.monotonic() for job in jobs}
+                return False
             if status != 0:
                 break
         for job in jobs:
             if not (self.root / job.result).is_file():
                 printed = path.read_bytes()[start:].decode(errors="replace").strip().splitlines()
                 failure = {"command": list(command), "status": status, "message": _last_words(printed, job.name)}
-                write_json(self.root / FAILED / f"{job.name}.json", failure)
+                write_json(self._failure(job), failure)
+        return True
 
     def _commands(self, jobs):
         if len(jobs) > 1:
@@ -177,6 +206,14 @@ class Store:
             return os.fstat(probe.fileno()).st_mtime
 
 
+def _last_beat(path: Path) -> float | None:
+    """When a claim was last touched; None where it was let go since it was listed."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
 def _last_words(printed, name) -> str:
     """What was printed of a run that stopped while others went on, or the last line."""
     stopped = [line.removeprefix(f"{name} ") for line in printed if line.startswith(f"{name} stopped: ")]
@@ -189,13 +226,9 @@ def _run(command, root, log, stop) -> int:
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(_checkout()), os.environ.get("PYTHONPATH", "")]),
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kvjax.with_parent", *command],
-        cwd=root,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=environment,
-    )
+    if "KVJAX_DATA" in os.environ:
+        environment["KVJAX_DATA"] = str(data_folder().absolute())  # the command runs in another directory
+    process = with_parent.start(command, environment, cwd=root, stdout=log, stderr=subprocess.STDOUT)
     try:
         while True:
             try:
@@ -221,7 +254,9 @@ def work(store: Store, jobs_of: Callable[[], list[Job]], poll_seconds: float = 5
     done = 0
     while open_jobs := store.open(jobs_of()):
         for job in open_jobs:
-            others = [other for other in open_jobs if alike(job, other)] if together > 1 else []
+            # Of several that were tried together one was busy: each is tried alone.
+            alone = together == 1 or job.name in store.busy
+            others = [] if alone else [o for o in open_jobs if alike(job, o) and o.name not in store.busy]
             if ended := attempt(store, [job, *others], together):
                 done += ended
                 break  # results may open others that come first
@@ -243,8 +278,7 @@ def attempt(store: Store, jobs: Sequence[Job], most: int = 1) -> int:
             elif not mine:
                 return 0
         lost = lambda: any(claim.lost for claim in claims)
-        store.do(mine, lost)
-        return 0 if lost() else len(mine)
+        return len(mine) if store.do(mine, lost) else 0
 
 
 def progress(root: Path, job: Job) -> tuple[int, int] | None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from kvjax import results
 from kvjax.attention.base import AttentionConfig
 from kvjax.config import Config, from_dict, to_dict
 from kvjax.paired import at_best_rate
+from kvjax.runs import CONVERSION, differences
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -35,11 +36,12 @@ class Trained(NamedTuple):
 def trained(configs: Mapping[str, Config], runs: Path | str | Rows) -> dict[str, dict[str, Any] | None]:
     """Perplexity and bits per byte of the runs of each variant, None where there is none.
 
-    `runs` are result rows with their `run`, or a directory of runs. A run is of a variant if it has its heads,
-    and its sizes in proportion to the width. Of several learning rates the best one counts; runs of several
-    seeds are averaged. `_se` is the standard error over documents, which more seeds do not lower: all read the
-    same ones. ValueError for runs of one variant that differ in more than rate and seed, and for runs of two
-    that differ in more than that, their attention and the MLP's width.
+    `runs` are result rows with their `run`, or a directory of runs, of which those that began as another model
+    are left out. A run is of a variant if it has its heads, and its sizes in proportion to the width. Of several
+    learning rates the best one counts; runs of several seeds are averaged. `_se` is the standard error over
+    documents, which more seeds do not lower: all read the same ones. ValueError for runs of one variant that
+    differ in more than rate and seed, and for runs of two that differ in more than that, their attention and the
+    MLP's width.
     """
     every, chosen = _training_runs(runs), {}
     for label, config in configs.items():
@@ -76,8 +78,10 @@ def even_size(size: float) -> int:
 def _training_runs(runs) -> list[Trained]:
     where = f"{str(runs)!r}" if isinstance(runs, Path | str) else "the rows given"
     rows = results.read_results(Path(runs)) if isinstance(runs, Path | str) else runs
-    # A store of a study has rows of other kinds, too.
+    # A store of a study has rows of other kinds, too, and conversions that were trained on.
     found = [row for row in rows if row.keys() >= IN_A_ROW]
+    if isinstance(runs, Path | str):
+        found = [row for row in found if not (Path(runs) / row["run"] / CONVERSION).exists()]
     if not found:
         raise ValueError(f"runs={where} must hold results of training, as experiments.train writes them")
     if any("run" not in row for row in found):
@@ -124,14 +128,5 @@ def _message(a: Trained, b: Trained, field: str, rule: str) -> str:
 
 def _differences(a: Trained, b: Trained) -> dict[str, tuple[Any, Any]]:
     """Fields that matter in which two runs' configurations differ."""
-    ours, theirs = (dict(_fields(to_dict(run.config))) for run in (a, b))
-    pairs = {name: (ours.get(name, "none"), theirs.get(name, "none")) for name in ours | theirs}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in NO_MATTER}
-
-
-def _fields(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _fields(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    found = dict(differences(to_dict(a.config), to_dict(b.config)))
+    return {name: pair for name, pair in found.items() if name not in NO_MATTER}

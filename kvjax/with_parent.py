@@ -7,15 +7,26 @@ import ctypes
 import os
 import runpy
 import signal
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+PARENT = "KVJAX_PARENT"
+
+
+def start(arguments: Sequence[str], environment: Mapping[str, str] = os.environ, **how: Any) -> subprocess.Popen:
+    """Start `python -m ARGUMENTS` in a process that ends when this one does; `how` as of `subprocess.Popen`."""
+    command = [sys.executable, "-m", "kvjax.with_parent", *arguments]
+    return subprocess.Popen(command, env={**environment, PARENT: str(os.getpid())}, **how)
 
 
 def run(arguments: list[str]) -> None:
     """Replaces this program's arguments by the module's, and runs it."""
+    # Told by the parent: it may have died, and another have become the parent, before this line is reached.
+    parent = int(os.environ.pop(PARENT, os.getppid()))
     if sys.platform == "linux":
-        parent = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
             sys.exit(128 + signal.SIGTERM)

@@ -11,10 +11,12 @@
 #
 # Which variant is worth its bytes? This notebook reads the committed rows of one study and trains nothing. In it
 # every variant is trained at several learning rates, and at its best one with several seeds. A seed fixes the
-# data order and all initial weights that variants share, so that differences are *paired*: by seed, a variant
-# minus multi-head attention. What chance does to both cancels.
+# data order, and initial weights wherever shapes agree, so that differences are *paired*: by seed, a variant
+# minus multi-head attention. What chance does to both alike cancels. Shapes agree in the embedding, in queries
+# and output where heads are MHA's in number and size, and not in an MLP that is widened.
 #
-# Losses are bits per byte of the validation text: unlike perplexity they do not depend on the tokenizer.
+# Losses are bits per byte of the validation text: unlike perplexity they do not depend on the tokenizer. It is the
+# same split whose losses chose the learning rates; the test split is not touched.
 
 # %%
 # %matplotlib inline
@@ -72,6 +74,9 @@ Markdown(study_tables.rates(files))
 # difference that so many seeds would find in four of five such studies; a smaller one may well exist. A
 # *verdict* is by the variant's own interval, and in parentheses by Holm's rule for all comparisons together. A
 # *rank* is a range: the places that a variant can have, all pairs considered.
+#
+# Seed 0, whose loss chose the rate, is among the pairs, and all losses are of the split that chose it: they may
+# be a little lower than those of new seeds and text, for every variant.
 
 # %%
 Markdown(study_tables.variants(files))
@@ -79,9 +84,10 @@ Markdown(study_tables.variants(files))
 # %% [markdown]
 # ## Quality against bytes
 #
-# The plot that this project exists for. Left: trained variants with 95 % intervals over seeds, and conversions
-# of MHA's weights. Right: each variant's cache stored by each codec. Down and to the left is better; the steps
-# join what nothing else beats in both.
+# The plot that this project exists for. Left: trained variants, means over seeds with 95 % intervals where there
+# are several, and conversions of MHA's weights, which have fewer parameters (below). Right: each variant's cache
+# stored by each codec. Down and to the left is better; the steps join the least means at their bytes, and where
+# intervals overlap chance may have put them there.
 
 # %%
 plots.quality_against_bytes(trained, study["conversions"], study["codecs"], "Quality against what a token costs")
@@ -99,7 +105,7 @@ plots.quality_against_kv_heads(trained)
 # does not blur, since all read the same batches.
 
 # %%
-shortest = min(map(len, study["curves"].values()))
+shortest = min(map(len, study["curves"].values()), default=1)
 plots.loss_curves(study["curves"], window=max(1, shortest // 10))
 
 # %% [markdown]
@@ -107,8 +113,11 @@ plots.loss_curves(study["curves"], window=max(1, shortest // 10))
 #
 # A model that was trained as MHA can be turned into another variant: heads of a group are averaged, or one of
 # them is kept, or keys and values are factored into a latent (plain, or weighted by what activations look like).
-# Weights as they are lose a lot; training on for a small part of the original steps gives most of it back
-# (Ainslie et al. 2023).
+# Ainslie et al. 2023 (arXiv 2305.13245) found for T5 that averaged heads, trained on for 5 % of the original
+# steps, come close to MHA. Here the figure and the table tell.
+#
+# These are not models of equal parameters: a converted one keeps MHA's MLP, while the same variant trained from
+# scratch has a wider one, which makes up for its smaller attention. What lies between them owes to this, too.
 
 # %%
 plots.recovery(study["conversions"])

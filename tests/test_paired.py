@@ -88,6 +88,19 @@ def test_rates_are_compared_on_the_seeds_that_all_have():
     assert [one["bits_per_byte"] for one in at_best_rate(rows, 4e-3).values()] == [1.41]
 
 
+def test_the_rate_that_a_study_chose_stays_the_best():
+    """Seed 1 failed at 4e-3, which is the better rate by seed 0 alone."""
+    losses = {(1e-3, 0): 1.43, (1e-3, 1): 1.43, (2e-3, 0): 1.42, (2e-3, 1): 1.42, (4e-3, 0): 1.40}
+    rows = [row(rate=rate, seed=seed, bits=bits) for (rate, seed), bits in losses.items()]
+    assert best_rate(rows) == 4e-3
+    rows = [one | ({"best": True} if one["peak_lr"] == 2e-3 else {"best": False}) for one in rows]
+    assert best_rate(rows) == rate_fit(rows).best == 2e-3 and list(at_best_rate(rows)) == [0, 1]
+    with pytest.raises(
+        ValueError, match=r"best of label='mqa' is true at rates 0\.001, 0\.002; it must be at one"
+    ):
+        best_rate([one | {"best": one["peak_lr"] < 3e-3} for one in rows])
+
+
 def test_a_diverged_rate_is_never_best_and_not_fitted():
     rows = [row(rate=rate, bits=bits) for rate, bits in zip((*RATES, 8e-3), (1.42, 1.40, 1.39, None))]
     fit = rate_fit(rows)

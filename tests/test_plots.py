@@ -153,7 +153,7 @@ def test_every_codec_on_every_variant_and_the_front(figure):
         np.testing.assert_allclose(sorted(marks(right, codec)), expected, rtol=1e-12)
     beats = lambda p, q: p != q and p[0] <= q[0] and p[1] <= q[1]
     best = {key for key, point in means.items() if not any(beats(other, point) for other in means.values())}
-    steps = sorted(marks(right, "best at its bytes"))
+    steps = sorted(marks(right, "least mean at its bytes"))
     np.testing.assert_allclose(steps, sorted(means[key] for key in best), rtol=1e-12)
     named = {f"{label}, {codec}" for label, codec in best}
     assert named | {label for label in VARIANTS if (label, "exact") not in best} == set(texts(right))
@@ -193,6 +193,22 @@ def test_groups_may_be_missing(given):
 def test_one_seed_has_no_whiskers():
     axis = plots.quality_against_bytes(trained(("mha", "mqa"), seeds=1), [], [], "title").axes[0]
     assert [segments for _, _, segments in bars(axis)] == [[], []]
+    assert axis.get_title() == "Trained variants, one seed"
+
+
+def test_panels_say_seeds_parameters_and_dtype(figure):
+    left, right = figure.axes
+    hollow = "Hollow: converted, larger if trained on longer"
+    assert left.get_title() == f"Trained variants, means over 3 seeds, 95 % intervals\n{hollow}"
+    assert right.get_title() == "Every codec on every variant, means over 2 seeds"
+    assert left.get_xlabel() == "cache bytes a token, all layers"
+    known = {"dtype": "bfloat16"}
+    rows = [r | known for r in trained(("mha",)) + trained(("mqa",), seeds=1)]
+    smaller = [r | known | {"parameters": 9, "scratch_parameters": 10} for r in converted()]
+    axis = plots.quality_against_bytes(rows, smaller, [], "title").axes[0]
+    first = "Trained variants, means over 1 to 3 seeds, 95 % intervals of several"
+    assert axis.get_title() == f"{first}\n{hollow}; fewer parameters than from scratch"
+    assert axis.get_xlabel() == "cache bytes a token, all layers, bfloat16"
 
 
 def test_quality_against_kv_heads():
@@ -279,6 +295,9 @@ def test_recovery():
         assert {y for _, y in marks(axes[0], "source")} == {1.44}
         assert {y for _, y in marks(axes[0], "from scratch")} == {1.454}
         assert "from scratch" not in [line.get_label() for line in axes[1].lines]
+        assert not any("more parameters" in text.get_text() for text in figure.legends[0].texts)
+    larger = plots.recovery([r | {"parameters": 9, "scratch_parameters": 10} for r in rows])
+    assert "from scratch, more parameters" in [text.get_text() for text in larger.legends[0].texts]
     assert top[0].get_ylim()[1] > 1.9 > bottom[0].get_ylim()[1] > 1.47 and bottom[0].get_ylim()[0] < 1.44
 
 
@@ -308,7 +327,9 @@ def test_rates():
     "draw", [plots.recovery, plots.rates, plots.decode_time_against_context, plots.quality_against_kv_heads]
 )
 def test_no_rows_are_an_empty_figure(draw):
-    assert not any(axis.lines for axis in draw([]).axes)
+    figure = draw([])
+    figure.draw_without_rendering()
+    assert not any(axis.lines for axis in figure.axes)
     assert not plots.loss_curves({}).axes[0].lines
 
 

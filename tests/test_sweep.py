@@ -1,6 +1,7 @@
 """Workers on one store; jobs are `python -m job`, from a file in the store."""
 
 import dataclasses
+import errno
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvjax import sweep
+from kvjax import sweep, with_parent
 from kvjax.results import read_json, write_json
 from kvjax.study import Job, Step
 
@@ -132,6 +133,83 @@ def test_a_claim_is_kept_fresh(store, monkeypatch):
         assert store.claimed()["a"] < 20 and not claim.lost
 
 
+def test_a_claim_let_go_while_it_is_looked_at_is_none(store):
+    (store.root / "claims").mkdir()
+    for name in ("a.3", "b.0"):  # listed, but not there
+        (store.root / "claims" / name).symlink_to("nowhere")
+    assert store.claimed() == {}
+    assert store.claim(job("a")) is not None and set(store.claimed()) == {"a"}
+
+
+def test_a_claim_outlives_a_file_system_that_does_not_answer_for_a_while(store, monkeypatch):
+    monkeypatch.setattr(sweep, "BEAT_SECONDS", 0.02)
+    claim, path, touch = store.claim(job("a")), store.root / "claims" / "a.0", os.utime
+    assert claim is not None
+    touch(path, (0, 0))
+    errors = [OSError(errno.ESTALE, "stale"), OSError(errno.EIO, "input/output")]
+
+    def utime(*given):
+        if errors:
+            raise errors.pop()
+        touch(*given)
+
+    monkeypatch.setattr(sweep.os, "utime", utime)
+    with claim:
+        deadline = time.monotonic() + 20
+        while path.stat().st_mtime == 0 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert path.stat().st_mtime > 0 and not claim.lost and not errors
+
+
+def test_a_busy_run_is_left_open_and_tried_again_later(store, monkeypatch):
+    every = [job("busy", status=os.EX_TEMPFAIL), job("other")]
+    (store.root / "job.py").write_text(JOB.replace('sys.exit(f"no result: {name}")', "sys.exit(status)"))
+    assert sweep.attempt(store, every) == 0 and sweep.attempt(store, every[1:]) == 1
+    assert store.failed(every) == {} and store.open(every) == every[:1] and store.claimed() == {}
+    assert sweep.attempt(store, every) == 0 and started(store) == ["busy", "other"]  # not at once
+    monkeypatch.setattr(sweep, "BUSY_SECONDS", 0.0)
+    (store.root / "job.py").write_text(JOB.replace("if status:", "if not status:"))
+    assert sweep.work(store, lambda: every) == 1 and started(store) == ["busy", "other", "busy"]
+
+
+def test_of_several_of_which_one_was_busy_each_is_tried_alone(store, monkeypatch):
+    every, ran = [training("a", seed) for seed in range(3)], []
+
+    def run(command, root, log, stop) -> int:
+        names = [argument for argument in command[1:] if not argument.startswith("--")]
+        ran.append(names)
+        if every[1].name in names and len(ran) < 5:
+            return os.EX_TEMPFAIL
+        for name in names:
+            write_json(root / name / "result.json", {})
+        return 0
+
+    monkeypatch.setattr(sweep, "_run", run)
+    monkeypatch.setattr(sweep, "BUSY_SECONDS", 0.0)
+    assert sweep.work(store, lambda: every, 0.01, together=3) == 3
+    names = [job.name for job in every]
+    assert ran == [names, names[1:2], names[2:], names[:1], names[1:2]]
+
+
+def test_commands_find_the_data_of_their_worker(store, monkeypatch):
+    (store.root / "where.py").write_text(
+        "import os; print(os.environ['KVJAX_DATA'], os.environ.get('KVJAX_PARENT'))"
+    )
+    monkeypatch.chdir(store.root.parent)
+    monkeypatch.setenv("KVJAX_DATA", "data")
+    with open(store.root / "log", "wb") as log:
+        assert sweep._run(("where",), store.root, log, lambda: False) == 0
+    assert (store.root / "log").read_text() == f"{store.root.parent / 'data'} None\n"
+
+
+def test_a_command_whose_parent_died_before_it_could_ask_does_not_run(store):
+    environment = {**os.environ, with_parent.PARENT: "1000000000"}  # above any process id
+    command = [sys.executable, "-m", "kvjax.with_parent", "job", "a", "0", "0"]
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    assert subprocess.run(command, cwd=store.root, env=environment, timeout=60).returncode == 143
+    assert started(store) == []
+
+
 def test_a_failure_is_kept_with_its_last_words_and_done_again_only_when_asked(store):
     every = [job("bad", status=1), job("good")]
     assert sweep.work(store, lambda: every) == 2
@@ -139,8 +217,12 @@ def test_a_failure_is_kept_with_its_last_words_and_done_again_only_when_asked(st
         "bad": {"command": ["job", "bad", "0.0", "1"], "status": 1, "message": "no result: bad"}
     }
     assert sweep.work(store, lambda: every) == 0
-    store.forget_failures()
+    write_json(store.root / "failed" / "other.json", {})
+    store.forget_failures(every)
+    assert [path.name for path in (store.root / "failed").iterdir()] == ["other.json"]
     assert sweep.work(store, lambda: every) == 1 and started(store) == ["bad", "good", "bad"]
+    write_json(store.root / "bad" / "result.json", {"of": "another worker"})
+    assert store.failed(every) == {}
 
 
 def test_a_configuration_is_written_before_the_command_and_not_over_one(store):
@@ -155,7 +237,7 @@ def test_a_step_whose_work_is_there_is_not_done_again(store):
     both = [Job("both", "rates", {}, (first, second))]
     assert sweep.work(store, lambda: both) == 1 and list(store.failed(both)) == ["both"]
     (store.root / "job.py").write_text(JOB.replace("if status:", "if not status:"))
-    store.forget_failures()
+    store.forget_failures(both)
     assert sweep.work(store, lambda: both) == 1 and started(store) == ["first", "second", "second"]
     assert store.finished(both) == {"both": {"of": "second"}}
 
@@ -167,6 +249,24 @@ def test_the_manifest_keeps_all_jobs_that_were_ever_wanted(store):
     assert list(manifest) == ["a", "b", "c"] and manifest["b"]["steps"] == [
         [["job", "b", "0.0", "0"], "b/result.json"]
     ]
+
+
+def test_jobs_that_are_added_at_once_all_get_places_that_stay(store, monkeypatch):
+    def slow(path, value):
+        time.sleep(0.05)
+        write_json(path, value)
+
+    monkeypatch.setattr(sweep, "write_json", slow)
+    store.record([job("first")])
+    threads = [threading.Thread(target=store.record, args=([job("first"), job(name)],)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    seen = [store.listed()]
+    while any(thread.is_alive() for thread in threads):
+        seen.append(store.listed())
+    seen.append(store.listed())
+    assert sorted(seen[-1]) == ["a", "b", "c", "d", "first"]
+    assert all(seen[-1][: len(names)] == names for names in seen)
 
 
 def training(label: str, seed: int, peak_lr: float = 1e-3, width: int = 8) -> Job:

@@ -135,3 +135,10 @@ def test_a_directory_of_runs(tmp_path):
     found = trained({"MHA": dataclasses.replace(MHA, seed=5)}, tmp_path)
     assert found["MHA"] is not None and found["MHA"]["runs"] == ["first"]
     assert str(tmp_path) not in str(found), "rows name runs, not places"
+    # Weights that began as another model, were trained on, and would win.
+    (tmp_path / "converted").mkdir()
+    better = dict(row("converted", MHA.attention, 5.0, 0.5, rate=3e-3))
+    del better["run"]
+    write_json(tmp_path / "converted" / "result.json", better)
+    write_json(tmp_path / "converted" / "conversion.json", {})
+    assert trained({"MHA": MHA}, tmp_path) == found

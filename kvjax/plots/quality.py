@@ -32,8 +32,6 @@ EQUAL = {
     "train_flops": "equal training FLOPs",
 }
 BELOW = [(-1, -1), (0, -1), (-1, 0), (1, -1), (1, 0), (0, 1), (-1, 1), (1, 1)]
-TRAINED = "Variants, with 95 % intervals over seeds; hollow: converted, larger if trained on longer"
-CONVERTED = "Converted variants, larger if trained on longer"
 HOLLOW = MARKERS[4:]
 APART = 7.0  # points between marks of equal bytes
 
@@ -61,15 +59,29 @@ def whisker(axis: Any, x: float, bits: Sequence[float], **style: Any) -> tuple[f
     return low, high
 
 
+def over_seeds(numbers: Sequence[int]) -> str:
+    """What points are, given the number of seeds of each."""
+    low, high = min(numbers), max(numbers)
+    if high == 1:
+        return "one seed"
+    return f"means over {high if low == high else f'{low} to {high}'} seeds"
+
+
+def have_fewer_parameters(converted: Sequence[Row]) -> bool:
+    """Whether conversions have fewer parameters than those trained from scratch; False if not known."""
+    pairs = [(row.get("parameters"), row.get("scratch_parameters")) for row in converted]
+    return any(own is not None and scratch is not None and own < scratch for own, scratch in pairs)
+
+
 def quality_against_bytes(
     trained: Sequence[Row], converted: Sequence[Row], coded: Sequence[Row], title: str
 ) -> Any:
     """Bits per byte (and perplexity) against cache bytes a token, in up to two panels; ValueError without rows.
 
-    Left: trained variants at their own best rate, means over seeds with 95 % t intervals, as cached in float32,
-    and converted ones. Right: every codec on every variant, means over seeds, by the text that codecs were scored
-    on. Steps join what no other point beats in one measure and equals or beats in the other. Marks of equal bytes
-    stand side by side; points far above are written at the edge.
+    Left: trained variants at their own best rate, means over seeds with 95 % t intervals where there are several,
+    and converted ones, as cached in the rows' `dtype`. Right: every codec on every variant, means over seeds, by
+    the text that codecs were scored on. Steps join what no other point beats in one measure and equals or beats
+    in the other. Marks of equal bytes stand side by side; points far above are written at the edge.
     """
     panels = [panel for panel, rows in ((_trained, [*trained, *converted]), (_coded, coded)) if rows]
     if not panels:
@@ -113,10 +125,22 @@ def _trained(axis: Any, trained: Sequence[Row], converted: Sequence[Row]) -> tup
         axis.plot([], [], MATCHED[matching], color="black", label=f"trained, {EQUAL[matching]}")
     front = _front(axis, [*points, *shown])
     _limit(axis, [*heights, *(y for _, y in shown)], top, above)
-    bytes_axis(axis, "cache bytes a token, all layers, float32", (1, 1.5))
-    axis.set_title(TRAINED if trained else CONVERTED, fontsize=10)
+    dtypes = sorted({row["dtype"] for row in [*trained, *converted] if "dtype" in row})
+    bytes_axis(axis, ", ".join(["cache bytes a token, all layers", *dtypes]), (1, 1.5))
+    axis.set_title(_title([len(rows) for rows in runs.values()], converted), fontsize=10)
     perplexity_axis(axis, _pairs([*(row for rows in runs.values() for row in rows), *converted]))
     return labels, [*avoid, *((x, y, 0.0) for x, y in shown), *_along(_steps(front))]
+
+
+def _title(seeds: Sequence[int], converted: Sequence[Row]) -> str:
+    lines = []
+    if seeds:
+        intervals = "" if max(seeds) == 1 else ", 95 % intervals" + (" of several" if min(seeds) == 1 else "")
+        lines.append(f"Trained variants, {over_seeds(seeds)}{intervals}")
+    if converted:
+        fewer = "; fewer parameters than from scratch" if have_fewer_parameters(converted) else ""
+        lines.append(f"{'Hollow: converted' if seeds else 'Converted'}, larger if trained on longer{fewer}")
+    return "\n".join(lines)
 
 
 def _converted(axis: Any, rows: Sequence[Row], trained: Sequence[float]) -> tuple[list[Point], list[Point], float]:
@@ -173,10 +197,7 @@ def _coded(axis: Any, coded: Sequence[Row]) -> tuple[list[Label], list[Moved]]:
     labels = [(*point, f"{name(key[:2])}, {key[2]}", 0.0) for key, point in means.items() if point in front]
     labels += [(*line[0], name(variant), 0.0) for variant, line in lines.items() if line[0] not in front]
     bytes_axis(axis, "cache bytes a token, all layers, as stored")
-    seeds = sorted({len(rows) for rows in groups.values()})
-    many = {1: "one seed"}.get(
-        seeds[-1], f"means over {' to '.join(map(str, dict.fromkeys(seeds[:: len(seeds) - 1 or 1])))} seeds"
-    )
+    many = over_seeds([len(rows) for rows in groups.values()])
     axis.set_title(f"Every codec on every variant, {many}", fontsize=10)
     perplexity_axis(axis, _pairs(coded))
     along = [point for line in lines.values() for point in _along(line)]
@@ -186,7 +207,7 @@ def _coded(axis: Any, coded: Sequence[Row]) -> tuple[list[Label], list[Moved]]:
 def _front(axis: Any, points: Sequence[Point]) -> list[Point]:
     """Draws the steps that join the best points, which are returned."""
     best = sorted({point for point, front in zip(points, on_front(points)) if front})
-    axis.step(*zip(*best), where="post", color="0.25", lw=1.1, ls="--", zorder=0, label="best at its bytes")
+    axis.step(*zip(*best), where="post", color="0.25", lw=1.1, ls="--", zorder=0, label="least mean at its bytes")
     return best
 
 

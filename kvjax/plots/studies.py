@@ -8,9 +8,10 @@ import numpy as np
 
 from kvjax.paired import Row, mean_losses, rate_fit
 from kvjax.plots.figure import DASHES, MARKERS, SHADES, End, Point, label_ends, pyplot
-from kvjax.plots.quality import grouped
+from kvjax.plots.quality import grouped, have_fewer_parameters
 
 COLUMNS = 4
+SCRATCH = "from scratch", "from scratch, more parameters"
 Curves = Mapping[str, Sequence[Point]]
 
 
@@ -80,7 +81,7 @@ def recovery(rows: Sequence[Row], title: str = "Converted weights, trained on") 
     """Bits per byte of conversions against the share of the source's steps they were trained on, by target.
 
     Above all of it, below the part near the source (dotted) and the same variant trained from scratch
-    (dashed).
+    (dashed), whose label says where it has more parameters.
     """
     plt = pyplot()
     targets = grouped(rows, "label")
@@ -106,7 +107,8 @@ def recovery(rows: Sequence[Row], title: str = "Converted weights, trained on") 
             for axis in axes[:, column] if means else ():
                 axis.plot(*zip(*means), marker=MARKERS[line], label=method, zorder=3, **style)
             near += [min(bits for _, bits in means)] if means else []
-        for field, dash, name in (("source", ":", "source"), ("scratch", "--", "from scratch")):
+        scratch = SCRATCH[have_fewer_parameters(of_target)]
+        for field, dash, name in (("source", ":", "source"), ("scratch", "--", scratch)):
             for bits in sorted({r[f"{field}_bits_per_byte"] for r in of_target} - {None}):
                 near.append(bits)
                 for axis in axes[:, column]:
@@ -123,7 +125,7 @@ def recovery(rows: Sequence[Row], title: str = "Converted weights, trained on") 
     for axis in axes.flat:
         axis.grid(alpha=0.25, lw=0.6)
     drawn = {name: line for axis in axes[0] for line, name in zip(*axis.get_legend_handles_labels())}
-    drawn = {name: drawn[name] for name in (*methods, "source", "from scratch") if name in drawn}
+    drawn = {name: drawn[name] for name in (*methods, "source", *SCRATCH) if name in drawn}
     if drawn:
         figure.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize=8)
     return figure

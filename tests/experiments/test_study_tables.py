@@ -16,9 +16,11 @@ REAL = report.read_rows("study", Path(__file__).parents[2])
 MHA = (1.40, 1.42, 1.44)
 
 
-def run(label: str, rate: float, seed: int, bits: float, size: float = 768.0, width: int = 600) -> dict[str, Any]:
+def run(
+    label: str, rate: float, seed: int, bits: float | None, size: float = 768.0, width: int = 600
+) -> dict[str, Any]:
     about = {"label": label, "matching": "params", "peak_lr": rate, "seed": seed, "cache_bytes_per_token": size}
-    figures = {"bits_per_byte": bits, "perplexity": 50 * bits, "parameters": 2_557_632}
+    figures = {"bits_per_byte": bits, "perplexity": bits and 50 * bits, "parameters": 2_557_632}
     return about | figures | {"config": {"decoder": {"mlp_width": width}}}
 
 
@@ -65,14 +67,14 @@ def test_variants_by_hand():
     mqa = "1.5000 (1.4478, 1.5522)", "75.00", "+0.0800 (+0.0775, +0.0825)", "0.0033", "worse (worse)"
     low = "1.4600 (1.3855, 1.5345)", "73.00", "+0.0400 (+0.0152, +0.0648)", "0.0326", "worse (not resolved)"
     alone = "", "not resolved (not resolved)", "1 to 6"
-    end = "4.0e-03 (fit 2.3e-02), at an end"
+    end, once = "4.0e-03 (fit 2.3e-02), at an end", "2.0e-03, of 1 tried"
     assert lines == [
         ["`mha`", "6,144", "2.558 M", "512", "2.0e-03 (fit 2.0e-03)", "3", *mha, "", "", "", "2 to 4"],
-        ["`gqa4`", "3,072", "2.558 M", "600", "2.0e-03", "3", *gqa4, "1 to 3"],
+        ["`gqa4`", "3,072", "2.558 M", "600", once, "3", *gqa4, "1 to 3"],
         ["`gqa2`", "1,536", "2.558 M", "600", end, "1", "1.4100", "70.50", "+0.0100", *alone],
         ["`mla`", "1,280", "2.558 M", "600", "1.0e-03, at an end", "1", "1.4500", "72.50", "+0.0500", *alone],
-        ["`mqa`", "768", "2.558 M", "600", "2.0e-03", "3", *mqa, "4 to 6"],
-        ["`low_rank48`", "768", "2.558 M", "600", "2.0e-03", "3", *low, "3 to 5"],
+        ["`mqa`", "768", "2.558 M", "600", once, "3", *mqa, "4 to 6"],
+        ["`low_rank48`", "768", "2.558 M", "600", once, "3", *low, "3 to 5"],
     ]
 
 
@@ -88,8 +90,31 @@ def test_one_variant_has_nothing_to_be_compared_with(label):
     """The reference, or a variant whose first run ended before the reference's."""
     rows = {"a": {"rows": [run(label, 2e-3, 0, 1.41)]}}
     (line,) = cells(variants(rows))[1:]
-    assert line[4:11] == ["2.0e-03", "1", "1.4100", "70.50", "", "", ""]
+    assert line[4:11] == ["2.0e-03, of 1 tried", "1", "1.4100", "70.50", "", "", ""]
     assert cells(rates(rows))[1:] == [[f"`{label}`", "**1.4100**"]]
+
+
+def test_the_reference_is_that_of_the_files():
+    rows = [*seeds("mqa", (0.0, 0.0, 0.0)), *seeds("mha", (0.01, 0.02, 0.03))]
+    head, *lines = cells(variants({"a": {"reference": "mqa", "rows": rows}}))
+    assert head[8] == "bits/byte above `mqa`, paired (95 %)"
+    assert [line[8] for line in lines] == ["", "+0.0200 (-0.0048, +0.0448)"]
+    assert cells(conversions({"a": {"reference": "mqa"}}))[0][0] == "from `mqa` to"
+    with pytest.raises(ValueError, match="reference=mha, mqa must be one in all files"):
+        variants({"a": {"reference": "mqa", "rows": rows}, "b": {"rows": []}})
+
+
+def test_two_rates_and_those_that_diverged_are_too_few_to_fit():
+    rows = [run("mha", rate, 0, bits) for rate, bits in ((1e-3, 1.42), (2e-3, 1.41), (4e-3, None))]
+    for some, told in ((rows[:2], "2.0e-03, of 2 tried"), (rows, "2.0e-03, of 3 tried")):
+        assert cells(variants({"a": {"rows": some}}))[1][4] == told
+
+
+def test_the_rate_that_the_study_chose_is_shown():
+    """By `best`, though another has the least loss."""
+    rows = [run("mha", rate, 0, bits) | {"best": rate == 1e-3} for rate, bits in ((1e-3, 1.42), (2e-3, 1.41))]
+    assert cells(variants({"a": {"rows": rows}}))[1][4:7] == ["1.0e-03, of 2 tried", "1", "1.4200"]
+    assert cells(rates({"a": {"rows": rows}}))[1] == ["`mha`", "**1.4200**", "1.4100"]
 
 
 def test_rates_by_hand():
@@ -137,19 +162,23 @@ def test_conversions_by_hand():
         made("gqa2", "first", 0.0, 3.1, 1.42),
         made("mla", "whitened", 0.05, 1.5, None),
     ]
+    for row in rows[:2]:
+        row |= {"parameters": 2_300_416, "scratch_parameters": 2_557_632}
     assert cells(conversions({"a": {"conversions": rows}})) == [
         [
             "from `mha` to",
             "method",
+            "parameters",
             "as converted",
             "5% of the steps",
             "10% of the steps",
             "from scratch",
+            "its parameters",
             "source",
         ],
-        ["`gqa2`", "mean", "2.9100", "", "1.4400", "1.4200", "1.4000"],
-        ["`gqa2`", "first", "3.1000", "", "", "1.4200", "1.4000"],
-        ["`mla`", "whitened", "", "1.5000", "", "", "1.4000"],
+        ["`gqa2`", "mean", "2.300 M", "2.9100", "", "1.4400", "1.4200", "2.558 M", "1.4000"],
+        ["`gqa2`", "first", "", "3.1000", "", "", "1.4200", "", "1.4000"],
+        ["`mla`", "whitened", "", "", "1.5000", "", "", "", "1.4000"],
     ]
 
 

@@ -1,10 +1,14 @@
+import argparse
 import codecs
 import contextlib
 import functools
 import importlib
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ import pytest
 import kvjax.sweep
 from experiments import sweep
 from kvjax import ensemble, loop
-from kvjax.results import read_json, write_json
+from kvjax.results import RunLock, read_json, write_json
 from kvjax.study import jobs
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +75,9 @@ def test_a_sweep_trains_each_run_once(tmp_path, command, capfd, in_process):
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*") if path.is_file()}
     output = capfd.readouterr().out
     assert all(f"{row['bits_per_byte']:.4f}" in output for row in rows)
+    difference = sum(rows[i]["bits_per_byte"] - rows[i + 1]["bits_per_byte"] for i in (0, 2)) / 2
+    (paired,) = [line for line in output.splitlines() if line.startswith("| `num-kv-heads-1`")]
+    assert f"| {difference:+.4f} (" in paired
     assert command(sweep.run, arguments) == 0
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*") if p.is_file()} == stamps
 
@@ -133,6 +140,95 @@ def test_one_job_by_its_index(tmp_path, command, listed, monkeypatch):
     assert command(sweep.run, [*SMALL, "--store", tmp_path, "--index", "1"]) == 0
     assert [(tmp_path / job.result).exists() for job in listed[1]] == [False, True]
     assert command(sweep.run, [*SMALL, "--store", tmp_path, "--index", "2"]) == 2
+    write_json(tmp_path / "failed" / f"{listed[1][0].name}.json", {"message": "no memory"})
+    monkeypatch.setattr("kvjax.sweep._run", lambda *given: os.EX_TEMPFAIL)
+    assert command(sweep.run, [*SMALL, "--store", tmp_path, "--index", "0"]) == 1
+    assert command(sweep.run, [*SMALL, "--store", tmp_path, "--index", "0", "--retry"]) == 75
+    assert list((tmp_path / "failed").iterdir()) == []
+
+
+def test_a_run_that_another_process_writes_has_an_exit_status_of_its_own(tmp_path, command, capfd):
+    def write(argv):
+        with RunLock(tmp_path):
+            pass
+
+    with RunLock(tmp_path):
+        assert command(write, []) == 75
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: run {tmp_path} is being written by process ") and error.count("\n") == 1
+    assert command(write, []) == 0
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Workers that do nothing; the arguments that they got."""
+    started = []
+    monkeypatch.setattr(sweep, "watched", lambda options, again, store, jobs_of: started.append(again))
+    return started
+
+
+def test_jobs_that_no_worker_did_are_told(tmp_path, command, capfd, idle):
+    assert command(sweep.run, [*SMALL, "--store", tmp_path]) == 1
+    assert capfd.readouterr().out.splitlines()[-1].startswith("2 jobs are left")
+    assert command(sweep.run, [*SMALL, "--store", tmp_path, "--status"]) == 0
+
+
+def test_failures_are_forgotten_once_and_of_this_sweep_alone(tmp_path, command, listed, idle):
+    ours, theirs = (tmp_path / "failed" / f"{name}.json" for name in (listed[1][0].name, "theirs"))
+    for path in (ours, theirs):
+        write_json(path, {"message": "no memory"})
+    for harmless in ("--dry-run", "--status"):
+        command(sweep.run, [*SMALL, "--store", tmp_path, "--retry", harmless])
+        assert ours.exists() and theirs.exists()
+    command(sweep.run, [*SMALL, "--store", tmp_path, "--retry"])
+    assert theirs.exists() and not ours.exists()
+    assert idle == [[*SMALL, "--store", str(tmp_path), "--worker"]]
+
+
+def test_workers_end_with_the_command_that_started_them(tmp_path, monkeypatch):
+    started, seen = [], []
+
+    def start(arguments):
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        seen.append(arguments)
+        return started[-1]
+
+    monkeypatch.setattr(sweep.with_parent, "start", start)
+    ours = lambda *_: pytest.fail("the signal came through")
+    before = signal.signal(signal.SIGTERM, ours)
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+    try:
+        timer.start()
+        with pytest.raises(SystemExit) as ended:
+            options = argparse.Namespace(workers=2)
+            sweep.watched(options, ["--worker"], kvjax.sweep.Store(tmp_path), lambda: [])
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        timer.join()
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143 and [worker.poll() for worker in started] == [-signal.SIGTERM] * 2
+    assert [arguments[:2] for arguments in seen] == [["experiments.sweep", "--worker"]] * 2
+
+
+def test_slurm_jobs_have_hours(tmp_path, monkeypatch):
+    submitit = pytest.importorskip("submitit")
+    given = []
+    monkeypatch.setattr(submitit.AutoExecutor, "update_parameters", lambda self, **named: given.append(named))
+    monkeypatch.setattr(submitit.AutoExecutor, "submit", lambda self, command: argparse.Namespace(job_id="1"))
+    monkeypatch.setattr(submitit.AutoExecutor, "batch", lambda self: contextlib.nullcontext())
+    more = ["--slurm", "--slurm-hours", "1.5", "--slurm-options", "partition=gpu,gpus_per_node=1"]
+    options, _ = sweep.arguments([*SMALL, "--store", str(tmp_path), *more])
+    options.cluster = "debug"  # needs no sbatch
+    sweep.submitted(options, [], kvjax.sweep.Store(tmp_path), lambda: [])
+    assert given == [{"timeout_min": 90, "slurm_partition": "gpu", "slurm_gpus_per_node": 1}]
+
+
+def test_data_folders_are_the_same_ones_in_the_store(tmp_path, monkeypatch, listed):
+    monkeypatch.chdir(tmp_path)
+    folders = ["--data.data-dir", "prepared", "--data.manual-dir", "/by/hand"]
+    (variant, _) = sweep.studied(*sweep.arguments([*SMALL, *folders])).variants.values()
+    assert (variant.data.data_dir, variant.data.manual_dir) == (str(tmp_path / "prepared"), "/by/hand")
+    assert all(job.config["data"]["data_dir"] is None for job in listed[1])
 
 
 def write_result(root, arguments) -> int:
@@ -167,6 +263,16 @@ def test_workers_are_processes_of_their_own(how, tmp_path, listed):
         (["--config", "tiny", "--peak-lrs", "1e-3,0"], "must be numbers above 0"),
         (["--config", "tiny", "--reference", "mha"], "reference='mha' is unknown"),
         (["--config", "tiny", "--workers", "0"], "--workers=0 must be at least 1"),
+        (
+            ["--config", "tiny", "--over", "seed=1", "--over", "seed=2"],
+            "--over seed must be given once, not twice",
+        ),
+        (
+            ["--config", "tiny", "--over", "decoder.mlp-width=8,9", "--match", "params"],
+            "--free decoder.mlp_width must not be one of the --over fields",
+        ),
+        (["--config", "tiny", "--slurm-options", "a=1,gpu"], "--slurm-options has 'gpu', which must be A=B"),
+        (["--config", "tiny", "--slurm-hours", "0"], "--slurm-hours=0.0 must be above 0"),
         (["--config", "tiny", "--together", "0"], "--together=0 must be at least 1"),
         (["--config", "tiny", "--together", "2", "--index", "0"], "--together=2 goes with workers"),
     ],
