@@ -2,8 +2,8 @@
 
 `python -m experiments.sweep --study kv_cache --workers 2`. Every variant has the parameters of `mha`, its MLP
 being wider where attention is smaller. Four of them leave 48 elements a token and layer: MQA, the two small
-latents, and the control of Shazeer (2019), multi-head attention whose heads are small enough to cost no more. A rate of 6e-3 was
-tried first, for `mha` and `gqa4`, and was far worse than 3e-3.
+latents, and the control of Shazeer (2019), multi-head attention whose heads are small enough to cost no more. A
+rate of 6e-3 was tried first, for `mha` and `gqa4`, and was far worse than 3e-3.
 """
 
 import dataclasses
