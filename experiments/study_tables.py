@@ -131,7 +131,7 @@ def _millions(count: int | None) -> str:
 
 def _reference(files: Rows) -> str:
     """The label that variants are compared with; ValueError where files disagree on it."""
-    named = {file.get("reference", REFERENCE) for file in files.values()} or {REFERENCE}
+    named = {file.get("reference") or REFERENCE for file in files.values()} or {REFERENCE}
     if len(named) > 1:
         raise ValueError(f"reference={', '.join(sorted(named))} must be one in all files of a study")
     return named.pop()

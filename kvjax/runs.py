@@ -104,6 +104,3 @@ def differences(
             yield from differences(a[name], b[name], f"{prefix}{name}.")
         elif a.get(name) != b.get(name):
             yield prefix + name, (a.get(name), b.get(name))
-
-
-_differences = differences

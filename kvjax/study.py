@@ -17,7 +17,7 @@ from kvjax.config import Config, to_dict
 from kvjax.ensemble import OWN
 from kvjax.matching import match
 from kvjax.results import run_name
-from kvjax.runs import CONVERSION, RESULT, _differences
+from kvjax.runs import CONVERSION, RESULT, differences
 
 Matching = Literal["fixed", "params", "kv_bytes", "train_flops"]
 MATCHINGS = ("fixed", "params", "kv_bytes", "train_flops")
@@ -111,7 +111,7 @@ def alike(a: Job, b: Job) -> bool:
     """Whether these are two training jobs of one variant, which differ in seed and peak learning rate alone."""
     if a.name == b.name or a.config is None or b.config is None or a.about["label"] != b.about["label"]:
         return False
-    return all(path in OWN for path, _ in _differences(dict(a.config), dict(b.config)))
+    return all(path in OWN for path, _ in differences(dict(a.config), dict(b.config)))
 
 
 def matched(study: Study) -> dict[str, tuple[Config, float]]:

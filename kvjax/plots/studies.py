@@ -115,7 +115,7 @@ def recovery(rows: Sequence[Row], title: str = "Converted weights, trained on") 
                     axis.axhline(bits, color="0.55", ls=dash, lw=1.1, label=name, zorder=1)
         axes[0, column].set_title(f"to {label}", fontsize=10)
         axes[1, column].set_xticks(sorted({100 * row["fraction"] for row in of_target}))
-        axes[1, column].set_xlabel("steps trained on (% of the source's)")
+    figure.supxlabel("steps trained on (% of the source's)", fontsize=10)
     axes[0, 0].set_ylabel("bits per byte, all")
     axes[1, 0].set_ylabel("bits per byte, near the source")
     if near:
