@@ -25,13 +25,14 @@ from kvjax import with_parent
 from kvjax.data.store import data_folder, locked
 from kvjax.metrics import read_metrics
 from kvjax.results import read_json, run_name, write_json
+from kvjax.runs import CONFIG
 from kvjax.study import Job, alike
 
 BEAT_SECONDS = 15.0
 STALE_SECONDS = 120.0
 BUSY_SECONDS = 60.0
 """Until a run that another process was writing is tried again."""
-MANIFEST, CLAIMS, FAILED, LOGS, CONFIG = "manifest.json", "claims", "failed", "logs", "config.json"
+MANIFEST, CLAIMS, FAILED, LOGS = "manifest.json", "claims", "failed", "logs"
 
 
 class Claim:
