@@ -1,4 +1,4 @@
-"""README tables of what codecs cost, from committed rows; which codecs belong to which study.
+"""Tables of what codecs cost, from committed rows; which codecs belong to which study.
 
 A study names codecs as `experiments.compress` takes them. Rows that were not run are left out.
 """

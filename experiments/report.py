@@ -1,9 +1,9 @@
-"""Tables of the README from committed rows: `python -m experiments.report [--collect runs]`.
+"""Tables of the README and of the pages in `notebooks/`, from committed rows.
 
 `--collect DIR` first copies the result of every preset that was run in DIR to the committed rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +167,31 @@ FOLDERS = {
 
 
 def insert(text: str, name: str, content: str) -> str:
-    """The README with `content` between the marks of table `name`."""
-    begin, end = f"<!-- {name}: written by experiments.report -->", f"<!-- end of {name} -->"
-    before, mark, rest = text.partition(begin)
+    """A page with `content` between the marks of table `name`."""
+    begin, end = marks(name)
+    before, _, rest = text.partition(begin)
     _, closing, after = rest.partition(end)
-    if not (mark and closing):
-        raise ValueError(f"README.md must have the lines {begin!r} and {end!r}")
+    if not closing:
+        raise ValueError(f"a page must have the line {end!r} after {begin!r}")
     return f"{before}{begin}\n{content}\n{end}{after}"
+
+
+def marks(name: str) -> tuple[str, str]:
+    """The lines before and after table `name`."""
+    return f"<!-- {name}: written by experiments.report -->", f"<!-- end of {name} -->"
+
+
+def pages(root: Path = Path()) -> list[Path]:
+    """What may hold tables."""
+    return [root / "README.md", *sorted((root / "notebooks").glob("*.md"))]
+
+
+def page_of(name: str, texts: Mapping[Path, str]) -> Path:
+    """The page that has table `name`; ValueError where none or several have it."""
+    found = [path for path, text in texts.items() if marks(name)[0] in text]
+    if len(found) != 1:
+        raise ValueError(f"one page must have the line {marks(name)[0]!r}; found in {list(map(str, found))}")
+    return found[0]
 
 
 def read_rows(name: str, root: Path = Path()) -> Rows:
@@ -191,12 +209,13 @@ def run(argv: Sequence[str]) -> int:
         for row in results.read_results(options.collect):
             if row["run"] in cli.presets():
                 results.write_json(ROWS / "presets" / f"{row['run']}.json", row)
-    readme = Path("README.md")
-    text = readme.read_text()
+    texts = {path: path.read_text() for path in pages()}
     for name, table in TABLES.items():
-        text = insert(text, name, table(read_rows(name)))
-    results.write_bytes(readme, text.encode())
-    print(f"wrote the tables of {readme}")
+        page = page_of(name, texts)
+        texts[page] = insert(texts[page], name, table(read_rows(name)))
+    for path, text in texts.items():
+        results.write_bytes(path, text.encode())
+    print(f"wrote the tables of {', '.join(map(str, texts))}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""README tables of the study: variants side by side, their learning rates, codecs on them, conversions."""
+"""Tables of the study: variants side by side, their learning rates, codecs on them, conversions."""
 
 import math
 from collections.abc import Callable, Sequence

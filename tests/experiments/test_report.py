@@ -1,4 +1,5 @@
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ LATER = {"study_codecs": "codecs", "study_conversions": "conversions"}
 
 
 @pytest.mark.parametrize("name", report.TABLES)
-def test_readme_shows_the_committed_rows(name):
-    text, rows = (ROOT / "README.md").read_text(), report.read_rows(name, ROOT)
+def test_pages_show_the_committed_rows(name):
+    texts = {path: path.read_text() for path in report.pages(ROOT)}
+    text, rows = texts[report.page_of(name, texts)], report.read_rows(name, ROOT)
     table = report.TABLES[name](rows)
     assert rows, "no committed rows"
     due = name not in LATER or any(file[LATER[name]] for file in rows.values())
@@ -42,8 +44,27 @@ def test_rows_are_of_the_presets_as_they_are_now():
 
 
 def test_insert_needs_its_marks():
-    with pytest.raises(ValueError, match="README"):
+    with pytest.raises(ValueError, match="end of presets"):
         report.insert("no marks", "presets", "table")
     marks = "<!-- presets: written by experiments.report -->", "<!-- end of presets -->"
     text = f"a\n{marks[0]}\nold\n{marks[1]}\nb"
     assert report.insert(text, "presets", "new") == text.replace("old", "new")
+
+
+def test_a_table_is_on_one_page():
+    a, b, mark = Path("a.md"), Path("b.md"), "<!-- presets: written by experiments.report -->"
+    assert report.page_of("presets", {a: "none", b: f"x\n{mark}\n"}) == b
+    for texts in ({a: "none"}, {a: mark, b: mark}):
+        with pytest.raises(ValueError, match="one page must have the line"):
+            report.page_of("presets", texts)
+
+
+def test_links_of_pages_lead_somewhere():
+    for page in report.pages(ROOT):
+        links = re.findall(r"\]\(([^)#]+)", page.read_text())
+        assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_no_page_has_a_table_that_is_not_written():
+    named = re.compile(r"<!-- (\w+): written by experiments.report -->")
+    assert {name for page in report.pages(ROOT) for name in named.findall(page.read_text())} == set(report.TABLES)
