@@ -11,7 +11,6 @@ are outside of the timing; medians (and ranges) over rounds.
 import argparse
 import contextlib
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,13 +102,14 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def codecs(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Print and return the figures of codecs, and of the exact cache if asked for, side by side."""
+    from kvjax.capacity import parse_bytes
     from kvjax.codec_benchmark import CodecBench
     from kvjax.decode_benchmark import Case
     from kvjax.recipes import parse
 
     texts = (["exact"] if options.against else []) + options.codec
     recipes = list({recipe.text: recipe for recipe in map(parse, texts)}.values())
-    memory = _bytes(options.memory)
+    memory = parse_bytes("--memory", options.memory)
     if options.filled < 2:
         raise ValueError(f"--filled={options.filled} must be at least 2")
     if options.config and len(options.config) > 1:
@@ -141,14 +141,6 @@ def _codec_line(row: dict[str, Any]) -> str:
         f"temporaries {row['temporary_part_of_exact_cache']:.1%} of the exact cache; "
         f"{row['memory_bytes'] / 2**30:g} GiB fit batch {row['largest_batch']:,}{context}"
     )
-
-
-def _bytes(text: str) -> int:
-    """Of a size such as 8GiB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(KiB|MiB|GiB)", text, re.ASCII)
-    if match is None:
-        raise ValueError(f"--memory {text!r} must be a number and KiB, MiB or GiB, as 8GiB")
-    return int(float(match[1]) * 2 ** {"KiB": 10, "MiB": 20, "GiB": 30}[match[2]])
 
 
 def time_case(name: str, against: str | None, rounds: int, tokens: int) -> dict[str, Any]:
