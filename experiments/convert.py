@@ -3,7 +3,8 @@
 Makes the weights of a run of grouped attention (MHA, GQA, MQA) those of the attention of a preset, and writes
 them as a run at step 0: `experiments.evaluate`, `compress` and `generate` take it as it is, and
 `experiments.train --run NEW` trains it on, in the same trainer, for --fraction of the source's steps. All but
-the cache stays the source's: sizes, text, optimizer; the seed is the next one, for another order of the text.
+the cache stays the source's: sizes, text, optimizer but for a fifth of its peak learning rate, as a whole second
+warm-up would undo what the source's decay gained; the seed is the next one, for another order of the text.
 Both models' scores on the validation split are printed, and kept in conversion.json.
 """
 
@@ -173,7 +174,9 @@ def _check_method(options: argparse.Namespace, source: Any, attention: Any) -> N
 
 
 def _uptraining(options: argparse.Namespace, source: Config, attention: Any) -> Config:
-    """The source's configuration with another attention, fewer steps, and intervals that fit them."""
+    """The source's configuration with another attention, a lower rate, fewer steps, and intervals that fit them."""
+    from kvjax.runs import UPTRAINING_PEAK_LR
+
     positive("--fraction", options.fraction)
     before = source.train.steps
     steps = options.steps or round(options.fraction * before)
@@ -183,13 +186,13 @@ def _uptraining(options: argparse.Namespace, source: Config, attention: Any) -> 
             "evaluated without any"
         )
     intervals = {name: min(getattr(source.train, name), steps) for name in ("eval_every", "checkpoint_every")}
+    peak_lr = float(f"{UPTRAINING_PEAK_LR * source.optimizer.peak_lr:.4g}")
+    warmup_steps = min(source.optimizer.warmup_steps * steps // before, steps - 1)
     return dataclasses.replace(
         source,
         attention=attention,
         decoder=dataclasses.replace(source.decoder, scan=False),  # layers are converted, and written, one by one
-        optimizer=dataclasses.replace(
-            source.optimizer, warmup_steps=min(source.optimizer.warmup_steps * steps // before, steps - 1)
-        ),
+        optimizer=dataclasses.replace(source.optimizer, peak_lr=peak_lr, warmup_steps=warmup_steps),
         train=dataclasses.replace(source.train, steps=steps, **intervals),
         seed=source.seed + 1,
     )

@@ -15,6 +15,9 @@ from kvjax.train import init_state
 
 CONFIG, TOKENIZER, CHECKPOINTS, RESULT = "config.json", "tokenizer.json", "checkpoints", "result.json"
 CONVERSION = "conversion.json"  # of a run that began as another model
+UPTRAINING_PEAK_LR = 0.2
+"""Peak rate of training a converted model on, as a part of its source's (`notebooks/results/uptraining_rates`):
+a whole second warm-up loses what the source's decay had gained, which some steps do not win back."""
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from kvjax.checks import at_least, one_of
+from kvjax.checks import at_least, one_of, positive
 from kvjax.config import Config, to_dict
 from kvjax.ensemble import OWN
 from kvjax.matching import match
 from kvjax.results import run_name
-from kvjax.runs import CONVERSION, RESULT, differences
+from kvjax.runs import CONVERSION, RESULT, UPTRAINING_PEAK_LR, differences
 
 Matching = Literal["fixed", "params", "kv_bytes", "train_flops"]
 MATCHINGS = ("fixed", "params", "kv_bytes", "train_flops")
@@ -35,6 +35,11 @@ class Conversion:
     """As in `experiments.convert`."""
     fractions: tuple[float, ...] = (0.0, 0.01, 0.05, 0.1)
     """Of the source's steps to train on for; 0 is the weights as they are."""
+    peak_lr: float = UPTRAINING_PEAK_LR
+    """Of training on, as a part of the source's."""
+
+    def __post_init__(self):
+        positive("conversions.peak_lr", self.peak_lr)
 
 
 @dataclass(frozen=True)
@@ -211,11 +216,15 @@ def _conversions(study, source, variants) -> Iterator[Job]:
         target = json.dumps(to_dict(variants[conversion.label][0])["attention"], sort_keys=True)
         for method in conversion.methods:
             for fraction in conversion.fractions:
-                how = {"label": conversion.label, "method": method, "fraction": fraction}
+                how: dict[str, Any] = {"label": conversion.label, "method": method, "fraction": fraction}
+                told: tuple[str, ...] = ()
+                if fraction > 0:
+                    rate = float(f"{conversion.peak_lr * source.about['peak_lr']:.4g}")
+                    how["uptraining_peak_lr"] = rate
+                    told = "--fraction", str(fraction), "--optimizer.peak-lr", str(rate)
                 name = f"{conversion.label}-{method}-{digest([source.name, target, conversion.to, how])}"
                 convert = ("experiments.convert", "--run", source.name, "--to", conversion.to, "--method", method)
-                convert += ("--fraction", str(fraction), "--out", name) if fraction > 0 else ("--out", name)
-                steps = (Step(convert, f"{name}/{CONVERSION}"),)
+                steps = (Step((*convert, *told, "--out", name), f"{name}/{CONVERSION}"),)
                 if fraction > 0:
                     steps += (_train(name),)
                 yield Job(name, "conversions", {**source.about, **how, "source": source.name}, steps)

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -142,6 +143,10 @@ def test_codecs_and_conversions_follow_the_runs_that_they_need():
         (method, fraction) for method in ("mean", "first") for fraction in (0.0, 0.1)
     ]
     assert [len(job.steps) for job in turned] == [1, 2, 1, 2]
+    rate = trained[0].about["peak_lr"] / 5
+    asked = [dict(itertools.pairwise(job.steps[0].arguments)).get("--optimizer.peak-lr") for job in turned]
+    assert asked == [None, str(rate), None, str(rate)]
+    assert [job.about.get("uptraining_peak_lr") for job in turned] == [None, rate, None, rate]
     assert {job.about["source"] for job in turned} == {trained[0].name}
 
 

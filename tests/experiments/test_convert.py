@@ -96,7 +96,8 @@ def test_the_schedule_shrinks_with_the_steps(trained):
     assert (source.train.steps, source.optimizer.warmup_steps, made.optimizer.warmup_steps) == (6, 4, 1)
     assert (made.train.eval_every, made.train.checkpoint_every, made.train.steps) == (2, 2, 2)
     assert (made.optimizer.peak_lr, made.optimizer.beta2) == (1e-3, source.optimizer.beta2)
-    assert of("--steps", "1", "--attention.num-kv-heads", "1")[1].optimizer.warmup_steps == 0
+    short = of("--steps", "1", "--attention.num-kv-heads", "1")[1].optimizer
+    assert short.warmup_steps == 0 and short.peak_lr == pytest.approx(source.optimizer.peak_lr / 5)
     assert (made.decoder, made.data, made.seed) == (source.decoder, source.data, source.seed + 1)
 
 
