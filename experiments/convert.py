@@ -174,7 +174,7 @@ def _check_method(options: argparse.Namespace, source: Any, attention: Any) -> N
 
 
 def _uptraining(options: argparse.Namespace, source: Config, attention: Any) -> Config:
-    """The source's configuration with another attention, a lower rate, fewer steps, and intervals that fit them."""
+    """The source's configuration with another attention, fewer steps at a lower rate, and intervals that fit."""
     from kvjax.runs import UPTRAINING_PEAK_LR
 
     positive("--fraction", options.fraction)
