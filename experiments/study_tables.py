@@ -63,18 +63,29 @@ def _rate(rows: Sequence[dict[str, Any]], first: dict[str, Any]) -> str:
 
 
 def rates(files: Rows) -> str:
-    """Bits per byte at every rate, over the seeds that all rates have; the best rate's is bold."""
+    """Bits per byte at every rate, over the seeds that all rates have; the best rate's is bold. Last, what the
+    fit expects at its optimum, if that lies within what was tried.
+    """
     rows = _all(files, "rows")
     tried = sorted({row["peak_lr"] for row in rows})
-    lines = _head(["variant"], [f"{rate:.1e}" for rate in tried])
+    lines = _head(["variant"], [*(f"{rate:.1e}" for rate in tried), "at the fitted optimum"])
     for label in dict.fromkeys(row["label"] for row in rows):
         means, _ = mean_losses(_of(rows, label))
         best = best_rate(_of(rows, label))
         cell = lambda rate, means=means, best=best: (
             "" if rate not in means else f"**{means[rate]:.4f}**" if rate == best else f"{means[rate]:.4f}"
         )
-        lines.append(f"| `{label}` | {' | '.join(map(cell, tried))} |")
+        lines.append(f"| `{label}` | {' | '.join(map(cell, tried))} | {_at_optimum(_of(rows, label))} |")
     return "\n".join(lines)
+
+
+def _at_optimum(rows: Sequence[dict[str, Any]]) -> str:
+    means, _ = mean_losses(rows)
+    if sum(map(math.isfinite, means.values())) < 3:
+        return ""
+    fit = rate_fit(rows)
+    within = fit.optimum is not None and fit.rates[0] <= fit.optimum <= fit.rates[-1]
+    return f"{fit.loss:.4f} ({fit.optimum:.1e})" if within else ""
 
 
 def codecs(files: Rows) -> str:

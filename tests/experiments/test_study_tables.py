@@ -91,7 +91,7 @@ def test_one_variant_has_nothing_to_be_compared_with(label):
     rows = {"a": {"rows": [run(label, 2e-3, 0, 1.41)]}}
     (line,) = cells(variants(rows))[1:]
     assert line[4:11] == ["2.0e-03, of 1 tried", "1", "1.4100", "70.50", "", "", ""]
-    assert cells(rates(rows))[1:] == [[f"`{label}`", "**1.4100**"]]
+    assert cells(rates(rows))[1:] == [[f"`{label}`", "**1.4100**", ""]]
 
 
 def test_the_reference_is_that_of_the_files():
@@ -114,19 +114,19 @@ def test_the_rate_that_the_study_chose_is_shown():
     """By `best`, though another has the least loss."""
     rows = [run("mha", rate, 0, bits) | {"best": rate == 1e-3} for rate, bits in ((1e-3, 1.42), (2e-3, 1.41))]
     assert cells(variants({"a": {"rows": rows}}))[1][4:7] == ["1.0e-03, of 2 tried", "1", "1.4200"]
-    assert cells(rates({"a": {"rows": rows}}))[1] == ["`mha`", "**1.4200**", "1.4100"]
+    assert cells(rates({"a": {"rows": rows}}))[1] == ["`mha`", "**1.4200**", "1.4100", ""]
 
 
 def test_rates_by_hand():
-    """Of seed 0 alone, which all rates of `mha` have; the least is bold."""
+    """Of seed 0 alone, which all rates of `mha` have; the least is bold. The parabola of `gqa2` ends far beyond."""
     assert cells(rates({"a": {"rows": TRAINED}})) == [
-        ["variant", "1.0e-03", "2.0e-03", "4.0e-03"],
-        ["`mqa`", "", "**1.5000**", ""],
-        ["`low_rank48`", "", "**1.4600**", ""],
-        ["`mha`", "1.4300", "**1.4000**", "1.4300"],
-        ["`gqa4`", "", "**1.4100**", ""],
-        ["`gqa2`", "1.4800", "1.4400", "**1.4100**"],
-        ["`mla`", "**1.4500**", "1.5000", "1.4600"],
+        ["variant", "1.0e-03", "2.0e-03", "4.0e-03", "at the fitted optimum"],
+        ["`mqa`", "", "**1.5000**", "", ""],
+        ["`low_rank48`", "", "**1.4600**", "", ""],
+        ["`mha`", "1.4300", "**1.4000**", "1.4300", "1.4000 (2.0e-03)"],
+        ["`gqa4`", "", "**1.4100**", "", ""],
+        ["`gqa2`", "1.4800", "1.4400", "**1.4100**", ""],
+        ["`mla`", "**1.4500**", "1.5000", "1.4600", ""],
     ]
 
 
