@@ -39,7 +39,7 @@ study = Study(
     peak_lrs=(3e-3, 1.5e-3, 7.5e-4),
     seeds=3,
     codecs=("exact", "fp16", "int8", "fp8", "nvfp4", "haar+nvfp4", "pca50%+fp16"),
-    codec_seeds=2,
+    codec_seeds=3,
     conversions=(
         Conversion("gqa4", "gqa4", ("mean", "first", "random")),
         Conversion("gqa2", "gqa2", ("mean", "first", "random")),

@@ -98,7 +98,7 @@ def quality_against_bytes(
     for axis in axes[0]:
         axis.grid(alpha=0.25, which="both", lw=0.6)
         axis.set(ylabel="bits per byte")
-        axis.margins(x=0.09)
+        axis.margins(x=0.12)
         axis.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.11), frameon=False)
     figure.get_layout_engine().execute(figure)
     for axis, (labels, avoid) in zip(axes[0], written):
@@ -194,8 +194,7 @@ def _coded(axis: Any, coded: Sequence[Row]) -> tuple[list[Label], list[Moved]]:
     front = _front(axis, shown)
     _limit(axis, [y for _, y in shown], top, [point for point in means.values() if point[1] > top])
     name = lambda variant: f"{variant[0]}, {EQUAL[variant[1]]}" if several else variant[0]
-    labels = [(*point, f"{name(key[:2])}, {key[2]}", 0.0) for key, point in means.items() if point in front]
-    labels += [(*line[0], name(variant), 0.0) for variant, line in lines.items() if line[0] not in front]
+    labels = [(*line[0], name(variant), 0.0) for variant, line in lines.items()]
     bytes_axis(axis, "cache bytes a token, all layers, as stored")
     many = over_seeds([len(rows) for rows in groups.values()])
     axis.set_title(f"Every codec on every variant, {many}", fontsize=10)
