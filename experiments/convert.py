@@ -175,7 +175,7 @@ def _check_method(options: argparse.Namespace, source: Any, attention: Any) -> N
 
 def _uptraining(options: argparse.Namespace, source: Config, attention: Any) -> Config:
     """The source's configuration with another attention, fewer steps at a lower rate, and intervals that fit."""
-    from kvjax.runs import UPTRAINING_PEAK_LR
+    from kvjax.runs import uptraining_peak_lr
 
     positive("--fraction", options.fraction)
     before = source.train.steps
@@ -186,7 +186,7 @@ def _uptraining(options: argparse.Namespace, source: Config, attention: Any) -> 
             "evaluated without any"
         )
     intervals = {name: min(getattr(source.train, name), steps) for name in ("eval_every", "checkpoint_every")}
-    peak_lr = float(f"{UPTRAINING_PEAK_LR * source.optimizer.peak_lr:.4g}")
+    peak_lr = uptraining_peak_lr(source.optimizer.peak_lr)
     warmup_steps = min(source.optimizer.warmup_steps * steps // before, steps - 1)
     return dataclasses.replace(
         source,

@@ -1,5 +1,6 @@
-"""Tables of the README and of the pages in `notebooks/`, from committed rows.
+"""Tables from committed rows: `python -m experiments.report [--collect runs]`.
 
+They stand in the README and in the pages of `notebooks/`, each on one of them.
 `--collect DIR` first copies the result of every preset that was run in DIR to the committed rows.
 """
 

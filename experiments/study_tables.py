@@ -6,7 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.paired import Ranked, at_best_rate, best_rate, mean_losses, paired, ranking, rate_fit, t_interval
+from kvjax.paired import (
+    Ranked,
+    RateFit,
+    at_best_rate,
+    best_rate,
+    mean_losses,
+    paired,
+    ranking,
+    rate_fit,
+    t_interval,
+)
 
 Rows = dict[str, dict[str, Any]]
 REFERENCE = "mha"
@@ -54,10 +64,9 @@ def _rank(ranked: Ranked) -> str:
 
 def _rate(rows: Sequence[dict[str, Any]], first: dict[str, Any]) -> str:
     """The best rate, with the fitted one; flagged at an end of what was tried, or of too few to fit."""
-    rate, (means, _) = f"{first['peak_lr']:.1e}", mean_losses(rows)
-    if sum(map(math.isfinite, means.values())) < 3:
-        return f"{rate}, of {len(means)} tried"
-    fit = rate_fit(rows)
+    rate, fit = f"{first['peak_lr']:.1e}", _fit(rows)
+    if fit is None:
+        return f"{rate}, of {len(mean_losses(rows)[0])} tried"
     fitted = "" if fit.optimum is None else f" (fit {fit.optimum:.1e})"
     return rate + fitted + (", at an end" if fit.at_end else "")
 
@@ -80,12 +89,14 @@ def rates(files: Rows) -> str:
 
 
 def _at_optimum(rows: Sequence[dict[str, Any]]) -> str:
+    fit = _fit(rows)
+    return f"{fit.loss:.4f} ({fit.optimum:.1e})" if fit is not None and fit.within else ""
+
+
+def _fit(rows: Sequence[dict[str, Any]]) -> RateFit | None:
+    """None of fewer than three rates that did not diverge."""
     means, _ = mean_losses(rows)
-    if sum(map(math.isfinite, means.values())) < 3:
-        return ""
-    fit = rate_fit(rows)
-    within = fit.optimum is not None and fit.rates[0] <= fit.optimum <= fit.rates[-1]
-    return f"{fit.loss:.4f} ({fit.optimum:.1e})" if within else ""
+    return rate_fit(rows) if sum(map(math.isfinite, means.values())) >= 3 else None
 
 
 def codecs(files: Rows) -> str:

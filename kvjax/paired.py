@@ -54,10 +54,14 @@ class RateFit:
     """Bits per byte there."""
 
     @property
+    def within(self) -> bool:
+        """Whether there is a fitted optimum, and it lies within the rates that were measured."""
+        return self.optimum is not None and self.rates[0] <= self.optimum <= self.rates[-1]
+
+    @property
     def at_end(self) -> bool:
         """Whether the best measured rate is the smallest or largest, or no fitted optimum lies between these."""
-        low, high = self.rates[0], self.rates[-1]
-        return self.best in (low, high) or self.optimum is None or not low <= self.optimum <= high
+        return self.best in (self.rates[0], self.rates[-1]) or not self.within
 
 
 def rate_fit(rows: Sequence[Row]) -> RateFit:

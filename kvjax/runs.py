@@ -20,6 +20,11 @@ UPTRAINING_PEAK_LR = 0.2
 a whole second warm-up loses what the source's decay had gained, which some steps do not win back."""
 
 
+def uptraining_peak_lr(source: float, part: float = UPTRAINING_PEAK_LR) -> float:
+    """This part of the source's peak rate, to four digits."""
+    return float(f"{part * source:.4g}")
+
+
 @dataclass(frozen=True)
 class Run:
     """A trained model with all that it needs to be used."""

@@ -17,7 +17,7 @@ from kvjax.config import Config, to_dict
 from kvjax.ensemble import OWN
 from kvjax.matching import match
 from kvjax.results import run_name
-from kvjax.runs import CONVERSION, RESULT, UPTRAINING_PEAK_LR, differences
+from kvjax.runs import CONVERSION, RESULT, UPTRAINING_PEAK_LR, differences, uptraining_peak_lr
 
 Matching = Literal["fixed", "params", "kv_bytes", "train_flops"]
 MATCHINGS = ("fixed", "params", "kv_bytes", "train_flops")
@@ -219,7 +219,7 @@ def _conversions(study, source, variants) -> Iterator[Job]:
                 how: dict[str, Any] = {"label": conversion.label, "method": method, "fraction": fraction}
                 told: tuple[str, ...] = ()
                 if fraction > 0:
-                    rate = float(f"{conversion.peak_lr * source.about['peak_lr']:.4g}")
+                    rate = uptraining_peak_lr(source.about["peak_lr"], conversion.peak_lr)
                     how["uptraining_peak_lr"] = rate
                     told = "--fraction", str(fraction), "--optimizer.peak-lr", str(rate)
                 name = f"{conversion.label}-{method}-{digest([source.name, target, conversion.to, how])}"

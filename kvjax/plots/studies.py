@@ -179,7 +179,7 @@ def _rates_of(axis: Any, rows: Sequence[Row]) -> str:
     fit = rate_fit(rows)
     line = np.geomspace(min(means), max(means), 101)
     axis.plot(line, fit.parabola(np.log(line)), "-", color="black", lw=1, zorder=1)
-    if fit.optimum is not None and fit.rates[0] <= fit.optimum <= fit.rates[-1]:
+    if fit.within:
         axis.plot(fit.optimum, fit.loss, "X", color="black", ms=8, mec="white", zorder=4)
     if fit.at_end:
         axis.plot(fit.best, means[fit.best], "s", color="black", mfc="none", ms=12, zorder=4)
